@@ -1,0 +1,28 @@
+import type { Backend, Platform } from "./platform.ts";
+
+/**
+ * One way to run the operation: ejkernel's tile fields, and what the WGSL kernels need beside them.
+ *
+ * `blockQ`, `blockK`, `numWarps` and `numStages` mean what they mean in ejkernel. A warp is 32 invocations, so the
+ * attention kernel's workgroup has `32 · numWarps` of them.
+ */
+export interface FlashMLAConfig {
+  /** Query rows that one workgroup owns. */
+  readonly blockQ: number;
+  /** Keys that pass through workgroup memory at a time. */
+  readonly blockK: number;
+  /** Workgroup size in units of 32 invocations. */
+  readonly numWarps: number;
+  /** Staging buffers in workgroup memory: 1 loads then computes, 2 loads the next slice while computing this one. */
+  readonly numStages: number;
+  /** Query rows that one invocation keeps in registers, a multiple of 4. */
+  readonly rowsPerThread: number;
+  /** Head columns (for scores) or keys (for values) staged per step. */
+  readonly blockDepth: number;
+  /** Side of the square tile of the expansion GEMM: 32, 64 or 128. */
+  readonly expandBlock: number;
+  /** The platform that this configuration is for. */
+  readonly platform: Platform;
+  /** The kind of processor that this configuration is for. */
+  readonly backend: Backend;
+}

@@ -1,0 +1,190 @@
+import { FlashMLAError } from "./errors.ts";
+import { checkTensor, kindOf, type Tensor } from "./tensor.ts";
+
+/** The tensors of one call. Axis names are those of the papers; see {@link MlaProblem} for the letters. */
+export interface MlaInputs {
+  /** Queries, `[batch, queryLength, queryHeads, qkNopeHeadDim]`, or `[…, qkNopeHeadDim + qkRopeHeadDim]` with `bK` alone. */
+  readonly query: Tensor;
+  /** Latent rows, the KV cache of MLA, `[batch, keyLength, kvLoraRank]`. */
+  readonly keyValue: Tensor;
+  /** Key expansion weights, `[kvLoraRank, kvHeads, qkNopeHeadDim]`. */
+  readonly wKc: Tensor;
+  /** Value expansion weights, `[kvLoraRank, kvHeads, vHeadDim]`. */
+  readonly wVc: Tensor;
+  /** Rotated query part shared by all heads, `[batch, queryLength, qkRopeHeadDim]`; needs `bK`. */
+  readonly bQ?: Tensor;
+  /** Rotated key part shared by all heads, `[batch, keyLength, qkRopeHeadDim]`. */
+  readonly bK?: Tensor;
+  /** Offsets `[n + 1]` of n sequences packed along the sequence axis of batch 1. */
+  readonly cuSeqlens?: Int32Array | Uint32Array | readonly number[];
+}
+
+/** The options that change the result. */
+export interface MlaMathOptions {
+  /** Factor on the scores; `1/√(qkNopeHeadDim + qkRopeHeadDim)` when absent. */
+  readonly softmaxScale?: number;
+  /** Whether a query sees only keys up to its own position, aligned bottom-right. Default `false`. */
+  readonly causal?: boolean;
+}
+
+/**
+ * How the rotary part reaches the scores: not at all, as the last columns of each query head, or through one query part
+ * shared by all heads.
+ */
+export type RopeMode = "none" | "in_query" | "shared";
+
+/** One call's dimensions and options after validation: all that a kernel needs to know beside the data. */
+export interface MlaProblem {
+  /** B. */
+  readonly batch: number;
+  /** Sq, per batch item. */
+  readonly queryLength: number;
+  /** Sk, per batch item. */
+  readonly keyLength: number;
+  /** Hq, a multiple of Hkv. */
+  readonly queryHeads: number;
+  /** Hkv. */
+  readonly kvHeads: number;
+  /** L, the width of a latent row. */
+  readonly kvLoraRank: number;
+  /** P, the part of a head's width that is rebuilt from latents. */
+  readonly qkNopeHeadDim: number;
+  /** R, the rotary part, shared by all key heads; 0 without one. */
+  readonly qkRopeHeadDim: number;
+  /** V, the width of a value head. */
+  readonly vHeadDim: number;
+  /** Where the rotary part of the query comes from. */
+  readonly rope: RopeMode;
+  /** Whether the causal mask applies. */
+  readonly causal: boolean;
+  /** The factor on the scores. */
+  readonly softmaxScale: number;
+  /** Offsets of packed sequences, or null for one sequence per batch item. */
+  readonly cuSeqlens: readonly number[] | null;
+}
+
+/**
+ * Validates one call and names its dimensions.
+ *
+ * @param inputs The tensors of the call.
+ * @param options The options that change the result.
+ * @returns The problem's dimensions.
+ * @throws {FlashMLAError} With code `invalid-input`, naming the argument, what was expected and what came.
+ */
+export function mlaProblem(inputs: MlaInputs, options: MlaMathOptions = {}): MlaProblem {
+  const { query, keyValue, wKc, wVc, bQ, bK } = inputs;
+  checkShape("query", query, ["batch", "queryLength", "queryHeads", "headDim"]);
+  checkShape("keyValue", keyValue, ["batch", "keyLength", "kvLoraRank"]);
+  checkShape("wKc", wKc, ["kvLoraRank", "kvHeads", "qkNopeHeadDim"]);
+  checkShape("wVc", wVc, ["kvLoraRank", "kvHeads", "vHeadDim"]);
+  const [batch, queryLength, queryHeads, queryWidth] = query.shape;
+  const [, keyLength, kvLoraRank] = keyValue.shape;
+  const [, kvHeads, qkNopeHeadDim] = wKc.shape;
+  const vHeadDim = wVc.shape[2];
+
+  const positive = { queryHeads, kvLoraRank, kvHeads, qkNopeHeadDim, vHeadDim };
+  for (const [name, value] of Object.entries(positive)) {
+    if (value < 1) fail(`${name} must be at least 1, got ${value}`);
+  }
+  same("keyValue", "batch", keyValue.shape[0], "query", batch);
+  same("wKc", "kvLoraRank", wKc.shape[0], "keyValue", kvLoraRank);
+  same("wVc", "kvLoraRank", wVc.shape[0], "keyValue", kvLoraRank);
+  same("wVc", "KV heads", wVc.shape[1], "wKc", kvHeads);
+  if (queryHeads % kvHeads !== 0) {
+    fail(`query has ${queryHeads} heads, not a multiple of the ${kvHeads} KV heads of wKc`);
+  }
+
+  let qkRopeHeadDim = 0;
+  if (bQ !== undefined && bK === undefined) fail("bQ is given without bK; pass both, or bK alone with a wider query");
+  if (bK !== undefined) {
+    checkShape("bK", bK, ["batch", "keyLength", "qkRopeHeadDim"]);
+    same("bK", "batch", bK.shape[0], "query", batch);
+    same("bK", "keyLength", bK.shape[1], "keyValue", keyLength);
+    qkRopeHeadDim = bK.shape[2];
+  }
+  if (bQ !== undefined) {
+    checkShape("bQ", bQ, ["batch", "queryLength", "qkRopeHeadDim"]);
+    same("bQ", "batch", bQ.shape[0], "query", batch);
+    same("bQ", "queryLength", bQ.shape[1], "query", queryLength);
+    same("bQ", "qkRopeHeadDim", bQ.shape[2], "bK", qkRopeHeadDim);
+  }
+  const rope: RopeMode = qkRopeHeadDim === 0 ? "none" : bQ === undefined ? "in_query" : "shared";
+  const expectedWidth = qkNopeHeadDim + (rope === "in_query" ? qkRopeHeadDim : 0);
+  if (queryWidth !== expectedWidth) {
+    const sum = rope === "in_query"
+      ? `${qkNopeHeadDim} of wKc plus ${qkRopeHeadDim} of bK`
+      : `the ${qkNopeHeadDim} of wKc${rope === "shared" ? ", with the rotary part in bQ" : ""}`;
+    fail(`query has head dimension ${queryWidth}, expected ${expectedWidth} (${sum})`);
+  }
+
+  const { softmaxScale = 1 / Math.sqrt(qkNopeHeadDim + qkRopeHeadDim), causal = false } = options;
+  if (typeof softmaxScale !== "number" || !Number.isFinite(softmaxScale) || softmaxScale <= 0) {
+    fail(`softmaxScale must be a finite number above 0, got ${kindOf(softmaxScale)}`);
+  }
+  if (typeof causal !== "boolean") fail(`causal must be true or false, got ${kindOf(causal)}`);
+
+  return {
+    batch,
+    queryLength,
+    keyLength,
+    queryHeads,
+    kvHeads,
+    kvLoraRank,
+    qkNopeHeadDim,
+    qkRopeHeadDim,
+    vHeadDim,
+    rope,
+    causal,
+    softmaxScale,
+    cuSeqlens: checkCuSeqlens(inputs.cuSeqlens, batch, queryLength, keyLength),
+  };
+}
+
+/** The shape of the result, `[batch, queryLength, queryHeads, vHeadDim]`. */
+export function outputShape(problem: MlaProblem): number[] {
+  return [problem.batch, problem.queryLength, problem.queryHeads, problem.vHeadDim];
+}
+
+function checkCuSeqlens(
+  offsets: MlaInputs["cuSeqlens"],
+  batch: number,
+  queryLength: number,
+  keyLength: number,
+): number[] | null {
+  if (offsets === undefined) return null;
+  if (!(offsets instanceof Int32Array || offsets instanceof Uint32Array || Array.isArray(offsets))) {
+    fail(`cuSeqlens must be an Int32Array, a Uint32Array or an array of numbers, got ${kindOf(offsets)}`);
+  }
+  const list = Array.from(offsets as ArrayLike<number>);
+  if (batch !== 1) fail(`cuSeqlens packs sequences into batch 1, query has batch ${batch}`);
+  if (queryLength !== keyLength) {
+    fail(`cuSeqlens needs as many queries as keys, query has length ${queryLength} and keyValue ${keyLength}`);
+  }
+  if (list.length === 0) fail("cuSeqlens must hold n + 1 offsets, got none");
+  if (list[0] !== 0) fail(`cuSeqlens must start at 0, got ${list[0]}`);
+  list.forEach((offset, i) => {
+    if (!Number.isSafeInteger(offset)) fail(`cuSeqlens must hold integers, got ${offset} at index ${i}`);
+    if (i > 0 && offset < list[i - 1]) {
+      fail(`cuSeqlens must not decrease, got ${list[i - 1]} then ${offset} at index ${i}`);
+    }
+  });
+  const last = list[list.length - 1];
+  if (last !== queryLength) fail(`cuSeqlens must end at the sequence length ${queryLength}, got ${last}`);
+  return list;
+}
+
+function checkShape(name: string, value: Tensor, axes: readonly string[]): void {
+  if (value === undefined) fail(`${name} is missing; expected a tensor [${axes.join(", ")}]`);
+  checkTensor(name, value);
+  if (value.shape.length !== axes.length) {
+    fail(`${name} must have ${axes.length} axes [${axes.join(", ")}], got shape [${value.shape.join(", ")}]`);
+  }
+}
+
+function same(name: string, what: string, got: number, otherName: string, expected: number): void {
+  if (got !== expected) fail(`${name} has ${what} ${got}, ${otherName} has ${expected}`);
+}
+
+function fail(why: string): never {
+  throw new FlashMLAError("invalid-input", `Cannot run MLA: ${why}`);
+}

@@ -1,0 +1,90 @@
+import type { CacheKey } from "../cache/cache_record.ts";
+
+/** What identifies a call: everything that decides which configuration is best, and nothing of the values. */
+export interface InvocationInit<Call> {
+  /** Operation name, such as `flash_mla`. */
+  readonly opId: string;
+  /** Version of the operation's kernels. */
+  readonly version: string;
+  /** The call itself: tensors and options. */
+  readonly call: Call;
+  /** Fingerprint of the device that will run it. */
+  readonly device: string;
+  /** Exact shapes, dtypes and options: any JSON value. Object keys are sorted before hashing. */
+  readonly signature: unknown;
+  /** The same with lengths rounded up to powers of two, as one readable string. */
+  readonly bucket: string;
+}
+
+/** One call of an operation, with the keys under which its configuration is looked up. */
+export class Invocation<Call> {
+  /** Operation name. */
+  readonly opId: string;
+  /** Version of the operation's kernels. */
+  readonly version: string;
+  /** The call itself. */
+  readonly call: Call;
+  /** Fingerprint of the device that will run it. */
+  readonly device: string;
+  /** Exact shapes, dtypes and options. */
+  readonly signature: unknown;
+  /** Bucketed shapes, dtypes and options. */
+  readonly bucket: string;
+
+  /** @param init What identifies the call. */
+  constructor(init: InvocationInit<Call>) {
+    this.opId = init.opId;
+    this.version = init.version;
+    this.call = init.call;
+    this.device = init.device;
+    this.signature = init.signature;
+    this.bucket = init.bucket;
+  }
+
+  /** Operation and version in one string, such as `flash_mla@1`. */
+  get op(): string {
+    return `${this.opId}@${this.version}`;
+  }
+
+  /**
+   * The call key: equal for two calls with the same shapes, dtypes and options, whatever their values.
+   *
+   * @returns 16 lower-case hex digits, the head of a SHA-256.
+   */
+  callKey(): Promise<string> {
+    return hashJson([this.op, this.signature]);
+  }
+
+  /**
+   * The key that configurations are cached under.
+   *
+   * @param candidates The configurations that would be measured on a miss.
+   * @returns The key's parts.
+   */
+  async cacheKey(candidates: readonly unknown[]): Promise<CacheKey> {
+    return { op: this.op, device: this.device, bucket: this.bucket, candidates: await hashJson(candidates) };
+  }
+}
+
+const hashes = new Map<string, Promise<string>>();
+
+/** The first 16 hex digits of the SHA-256 of a JSON value, object keys sorted. Remembered, since calls repeat. */
+export function hashJson(value: unknown): Promise<string> {
+  const text = JSON.stringify(value, sortKeys);
+  let hash = hashes.get(text);
+  if (hash === undefined) {
+    if (hashes.size >= 4096) hashes.clear();
+    hashes.set(text, hash = sha256Head(text));
+  }
+  return hash;
+}
+
+async function sha256Head(text: string): Promise<string> {
+  const digest = await crypto.subtle.digest("SHA-256", new TextEncoder().encode(text));
+  return Array.from(new Uint8Array(digest, 0, 8), (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+function sortKeys(_key: string, value: unknown): unknown {
+  if (typeof value !== "object" || value === null || Array.isArray(value)) return value;
+  return Object.fromEntries(Object.entries(value).sort(([a], [b]) => (a < b ? -1 : 1)));
+}
