@@ -1,7 +1,11 @@
 // Environment variables, read without ever prompting: under Deno only where the permission is already granted.
 
-interface ProcessLike {
-  readonly env?: Record<string, string | undefined>;
+interface EnvironmentHost {
+  readonly Deno?: {
+    readonly env: { get(name: string): string | undefined };
+    readonly permissions: { querySync(descriptor: { name: "env"; variable: string }): { readonly state: string } };
+  };
+  readonly process?: { readonly env?: Record<string, string | undefined> };
 }
 
 /**
@@ -11,12 +15,13 @@ interface ProcessLike {
  * @returns Its value, or undefined when it is unset, unreadable or the runtime has no environment.
  */
 export function readEnvironment(name: string): string | undefined {
+  const host = globalThis as EnvironmentHost;
   try {
-    if (typeof Deno !== "undefined") {
-      const { state } = Deno.permissions.querySync({ name: "env", variable: name });
-      return state === "granted" ? Deno.env.get(name) : undefined;
+    if (host.Deno !== undefined) {
+      const { state } = host.Deno.permissions.querySync({ name: "env", variable: name });
+      return state === "granted" ? host.Deno.env.get(name) : undefined;
     }
-    return (globalThis as { process?: ProcessLike }).process?.env?.[name];
+    return host.process?.env?.[name];
   } catch {
     return undefined;
   }

@@ -72,6 +72,8 @@ export interface MlaProblem {
  * @throws {FlashMLAError} With code `invalid-input`, naming the argument, what was expected and what came.
  */
 export function mlaProblem(inputs: MlaInputs, options: MlaMathOptions = {}): MlaProblem {
+  if (typeof inputs !== "object" || inputs === null) fail(`inputs must be an object of tensors, got ${kindOf(inputs)}`);
+  if (typeof options !== "object" || options === null) fail(`options must be an object, got ${kindOf(options)}`);
   const { query, keyValue, wKc, wVc, bQ, bK } = inputs;
   checkShape("query", query, ["batch", "queryLength", "queryHeads", "headDim"]);
   checkShape("keyValue", keyValue, ["batch", "keyLength", "kvLoraRank"]);
@@ -161,9 +163,9 @@ function checkCuSeqlens(
     fail(`cuSeqlens needs as many queries as keys, query has length ${queryLength} and keyValue ${keyLength}`);
   }
   if (list.length === 0) fail("cuSeqlens must hold n + 1 offsets, got none");
-  if (list[0] !== 0) fail(`cuSeqlens must start at 0, got ${list[0]}`);
   list.forEach((offset, i) => {
-    if (!Number.isSafeInteger(offset)) fail(`cuSeqlens must hold integers, got ${offset} at index ${i}`);
+    if (!Number.isSafeInteger(offset)) fail(`cuSeqlens must hold integers, got ${kindOf(offset)} at index ${i}`);
+    if (i === 0 && offset !== 0) fail(`cuSeqlens must start at 0, got ${offset}`);
     if (i > 0 && offset < list[i - 1]) {
       fail(`cuSeqlens must not decrease, got ${list[i - 1]} then ${offset} at index ${i}`);
     }

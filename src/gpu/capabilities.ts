@@ -1,0 +1,82 @@
+// What a device can do, as far as kernels and tuning care.
+
+/** The limits of a device that decide what a kernel may use, under WebGPU's own names. */
+export interface GpuLimits {
+  /** Bytes of workgroup memory per workgroup. */
+  readonly maxComputeWorkgroupStorageSize: number;
+  /** Invocations per workgroup. */
+  readonly maxComputeInvocationsPerWorkgroup: number;
+  /** Invocations along x. */
+  readonly maxComputeWorkgroupSizeX: number;
+  /** Workgroups along one axis of a dispatch. */
+  readonly maxComputeWorkgroupsPerDimension: number;
+  /** Bytes that one storage binding may cover. */
+  readonly maxStorageBufferBindingSize: number;
+  /** Bytes of one buffer. */
+  readonly maxBufferSize: number;
+  /** Storage buffers that one kernel may bind. */
+  readonly maxStorageBuffersPerShaderStage: number;
+}
+
+/** The limits by name, in the order in which they are printed. */
+export const limitNames = [
+  "maxComputeWorkgroupStorageSize",
+  "maxComputeInvocationsPerWorkgroup",
+  "maxComputeWorkgroupSizeX",
+  "maxComputeWorkgroupsPerDimension",
+  "maxStorageBufferBindingSize",
+  "maxBufferSize",
+  "maxStorageBuffersPerShaderStage",
+] as const satisfies readonly (keyof GpuLimits)[];
+
+/** What WebGPU guarantees on every device. */
+export const defaultLimits: GpuLimits = {
+  maxComputeWorkgroupStorageSize: 16384,
+  maxComputeInvocationsPerWorkgroup: 256,
+  maxComputeWorkgroupSizeX: 256,
+  maxComputeWorkgroupsPerDimension: 65535,
+  maxStorageBufferBindingSize: 134217728,
+  maxBufferSize: 268435456,
+  maxStorageBuffersPerShaderStage: 8,
+};
+
+/** A device as kernels and tuning see it. */
+export interface Capabilities {
+  /** The WebGPU implementation and its version, such as `wgpu (Deno 2.9.6)`. */
+  readonly engine: string;
+  /** The adapter in the driver's words. */
+  readonly adapter: string;
+  /** Whether the adapter runs on the CPU, as far as its name tells. */
+  readonly software: boolean;
+  /** Whether the device was opened with timestamp queries. */
+  readonly timestamps: boolean;
+  /** The device's limits. */
+  readonly limits: GpuLimits;
+}
+
+/** Reads the capabilities of an open device. */
+export function capabilitiesOf(device: GPUDevice, adapterInfo: GPUAdapterInfo | undefined): Capabilities {
+  const limits = Object.fromEntries(limitNames.map((name) => [name, Number(device.limits[name])]));
+  const { vendor = "", architecture = "", device: model = "", description = "" } = adapterInfo ?? {};
+  const adapter = description || [vendor, architecture, model].filter((part) => part !== "").join(" ") ||
+    "unnamed adapter";
+  return {
+    engine: engineName(),
+    adapter,
+    software: /llvmpipe|lavapipe|swiftshader|software|basic render/i.test(adapter),
+    timestamps: device.features.has("timestamp-query"),
+    limits: limits as unknown as GpuLimits,
+  };
+}
+
+/** One line that two devices share exactly when a configuration tuned on one is valid on the other. */
+export function deviceFingerprint(capabilities: Capabilities): string {
+  const { engine, adapter, timestamps, limits } = capabilities;
+  return [engine, adapter, timestamps ? "timestamps" : "wall", ...limitNames.map((name) => limits[name])].join("; ");
+}
+
+function engineName(): string {
+  const host = globalThis as { Deno?: { version: { deno: string } }; navigator?: { userAgent?: string } };
+  if (host.Deno !== undefined) return `wgpu (Deno ${host.Deno.version.deno})`;
+  return host.navigator?.userAgent ?? "unknown engine";
+}

@@ -1,0 +1,469 @@
+// Attention over expanded keys and values, online softmax (FlashAttention-2 loop order).
+//
+//   one workgroup = one query head × blockQ query rows; keys stream through workgroup memory blockK at a time
+//   invocation (ty, tx) of TY × TX owns rowsPerThread × blockK/TX scores and rowsPerThread × V/TX outputs, in registers:
+//     row quads  rq·TY + ty   (rows 4·quad … 4·quad + 3)      key and value-column quads  c·TX + tx
+//   scores:  S = Q·Kᵀ in slices of blockDepth head columns, first the P rebuilt ones, then the R rotary ones
+//   softmax: row maxima meet in workgroup memory once per key block; row sums stay per invocation until the end
+//   values:  O += P·V in slices of blockDepth keys; probabilities pass through workgroup memory probKeys·TX keys at a time
+//
+// Workgroup memory in vec4 (16 bytes):
+//   left   stages · depth · (blockQ/4 + 1)                  Q slices
+//   right  stages · depth · (max(blockK, V)/4 + 1)          K slices, then V slices
+//   probs  probKeys · TX · (blockQ/4 + 1)                   probabilities; also the row-maximum exchange
+//
+// Masking is by selection: a masked score becomes the sentinel and its probability 0. A value row that holds NaN or
+// infinity would still spoil masked rows through 0 · NaN, so blocks that mask anything watch the staged values and fall
+// back to a selecting product once one was seen.
+
+import type { FlashMLAConfig } from "../../op/config.ts";
+import type { MlaProblem } from "../../op/mla_problem.ts";
+import type { GpuLimits } from "../capabilities.ts";
+import {
+  indent,
+  load4,
+  outerByColumns,
+  outerByRows,
+  slicedLoop,
+  stagedStride,
+  type Staging,
+  storeTransposed,
+  unroll,
+} from "./register_tile.ts";
+
+/** The tile of one attention kernel: the part of a configuration that it reads. */
+export type AttendTile = Pick<
+  FlashMLAConfig,
+  "blockQ" | "blockK" | "numWarps" | "numStages" | "rowsPerThread" | "blockDepth" | "probKeys"
+>;
+
+/** What of a problem the generated WGSL depends on; lengths and scale are read at run time. */
+export type AttendShape = Pick<
+  MlaProblem,
+  "queryHeads" | "kvHeads" | "qkNopeHeadDim" | "qkRopeHeadDim" | "vHeadDim" | "rope" | "causal"
+>;
+
+/** How invocations are laid over a tile. */
+interface ThreadMap {
+  readonly workgroupSize: number;
+  readonly threadRows: number;
+  readonly threadColumns: number;
+  readonly rowQuads: number;
+  readonly keyQuads: number;
+  readonly valueQuads: number;
+}
+
+function threadMap(tile: AttendTile, shape: Pick<AttendShape, "vHeadDim">): ThreadMap {
+  const workgroupSize = tile.numWarps * 32;
+  const threadRows = tile.blockQ / tile.rowsPerThread;
+  const threadColumns = workgroupSize / threadRows;
+  return {
+    workgroupSize,
+    threadRows,
+    threadColumns,
+    rowQuads: tile.rowsPerThread / 4,
+    keyQuads: tile.blockK / (4 * threadColumns),
+    valueQuads: Math.ceil(shape.vHeadDim / (4 * threadColumns)),
+  };
+}
+
+/** Bytes of workgroup memory that the kernel declares. */
+export function workgroupBytes(tile: AttendTile, shape: Pick<AttendShape, "vHeadDim">): number {
+  const { threadColumns, valueQuads } = threadMap(tile, shape);
+  const rightWidth = Math.max(tile.blockK, valueQuads * threadColumns * 4);
+  const staged = tile.numStages * tile.blockDepth * (stagedStride(tile.blockQ) + stagedStride(rightWidth));
+  const probs = tile.probKeys * threadColumns * stagedStride(tile.blockQ);
+  return 16 * (staged + probs + 1);
+}
+
+/** Why this tile cannot run, or null when it can. */
+export function whyInvalid(tile: AttendTile, shape: AttendShape, limits: GpuLimits): string | null {
+  const { blockQ, blockK, numWarps, numStages, rowsPerThread, blockDepth, probKeys } = tile;
+  for (const [name, value] of Object.entries({ blockQ, blockK, numWarps, blockDepth, rowsPerThread })) {
+    if (!Number.isInteger(value) || value < 1) return `${name} must be a positive integer, got ${value}`;
+  }
+  if (numStages !== 1 && numStages !== 2) return `numStages must be 1 or 2, got ${numStages}`;
+  if (probKeys !== 1 && probKeys !== 2 && probKeys !== 4) return `probKeys must be 1, 2 or 4, got ${probKeys}`;
+  if (rowsPerThread % 4 !== 0) return `rowsPerThread must be a multiple of 4, got ${rowsPerThread}`;
+  if (blockDepth % 4 !== 0) return `blockDepth must be a multiple of 4, got ${blockDepth}`;
+  if (blockQ % rowsPerThread !== 0) return `blockQ ${blockQ} is not a multiple of rowsPerThread ${rowsPerThread}`;
+  const { workgroupSize, threadRows, threadColumns, rowQuads, keyQuads, valueQuads } = threadMap(tile, shape);
+  if (!Number.isInteger(threadColumns)) {
+    return `numWarps ${numWarps} gives ${workgroupSize} invocations, not a multiple of the ${threadRows} row groups`;
+  }
+  if (!Number.isInteger(keyQuads)) return `blockK ${blockK} is not a multiple of 4 keys × ${threadColumns} columns`;
+  if ((probKeys * threadColumns) % blockDepth !== 0) {
+    return `blockDepth ${blockDepth} does not divide the ${probKeys * threadColumns} keys of a probability slice`;
+  }
+  const registers = rowQuads * 16 * (keyQuads + valueQuads);
+  if (registers > 256) return `${registers} accumulators per invocation, at most 256 are kept in registers`;
+  if (workgroupSize > limits.maxComputeInvocationsPerWorkgroup) {
+    return `${workgroupSize} invocations pass maxComputeInvocationsPerWorkgroup = ${limits.maxComputeInvocationsPerWorkgroup}`;
+  }
+  const bytes = workgroupBytes(tile, shape);
+  if (bytes > limits.maxComputeWorkgroupStorageSize) {
+    return `${bytes} bytes of workgroup memory pass maxComputeWorkgroupStorageSize = ${limits.maxComputeWorkgroupStorageSize}`;
+  }
+  return null;
+}
+
+/** The kernel's source. Bindings are listed in {@link attendBindings} order. */
+export function wgsl(tile: AttendTile, shape: AttendShape): string {
+  const { blockQ, blockK, numStages, rowsPerThread, blockDepth, probKeys } = tile;
+  const { queryHeads, kvHeads, qkNopeHeadDim: P, qkRopeHeadDim: R, vHeadDim: V, rope, causal } = shape;
+  const { workgroupSize, threadRows, threadColumns, rowQuads, keyQuads, valueQuads } = threadMap(tile, shape);
+  const queryWidth = P + (rope === "in_query" ? R : 0);
+  const vectorQuery = P % 4 === 0 && queryWidth % 4 === 0;
+  const vectorKey = P % 4 === 0;
+  const vectorRope = R % 4 === 0;
+  const vectorValue = V % 4 === 0;
+  const element = (vectorized: boolean) => (vectorized ? "vec4<f32>" : "f32");
+
+  const paddedValueQuads = valueQuads * threadColumns;
+  const leftStride = stagedStride(blockQ);
+  const rightStride = stagedStride(Math.max(blockK, paddedValueQuads * 4));
+  const sliceKeys = probKeys * threadColumns;
+  const probSlices = sliceKeys / blockDepth;
+  const groups = keyQuads * (4 / probKeys);
+  const depthPieces = blockDepth / 4;
+  const nopeSlices = Math.ceil(P / blockDepth);
+  const ropeSlices = Math.ceil(R / blockDepth);
+
+  const rowQuad = (r: number) => `ty + ${r * threadRows}u`;
+  const keyQuad = (c: number) => `tx + ${c * threadColumns}u`;
+  const names = (prefix: string, count: number) => Array.from({ length: count }, (_, i) => `${prefix}${i}`);
+  const everyScore = (emit: (name: string, key: number, quad: number) => string) =>
+    unroll(keyQuads * 4, (j) => unroll(rowQuads, (r) => emit(`s${j}_${r}`, j, r)));
+  const everyOutput = (emit: (name: string, row: number, quad: number) => string) =>
+    unroll(rowsPerThread, (i) => unroll(valueQuads, (c) => emit(`o${i}_${c}`, i, c)));
+  /** The key, relative to the block, of score register j. */
+  const keyOf = (j: number) => `4u * (${keyQuad(Math.floor(j / 4))}) + ${j % 4}u`;
+
+  const queries: Staging = {
+    name: "query",
+    pieces: blockQ * depthPieces,
+    load: (piece, slice) => `loadQuery(block, head, ${piece}, ${slice})`,
+    store: (piece, value, stage) => `stageQuery(${piece}, ${stage}, ${value});`,
+  };
+  const keys: Staging = {
+    name: "key",
+    pieces: blockK * depthPieces,
+    load: (piece, slice) => `loadKey(block, kvHead, keyBase, ${piece}, ${slice})`,
+    store: (piece, value, stage) => `stageKey(${piece}, ${stage}, ${value});`,
+  };
+  const values: Staging = {
+    name: "value",
+    pieces: blockDepth * paddedValueQuads,
+    load: (piece, slice) => `loadValue(block, kvHead, keyBase, group, ${piece}, ${slice})`,
+    store: (piece, value, stage) => `stageValue(${piece}, ${stage}, ${value});`,
+  };
+
+  const multiplyScores = (stage: string) =>
+    unroll(blockDepth, (d) =>
+      `{
+${unroll(rowQuads, (r) => `  let a${r} = left[${stage}][${d}][${rowQuad(r)}];`)}
+${unroll(keyQuads, (c) => `  let b${c} = right[${stage}][${d}][${keyQuad(c)}];`)}
+${indent(outerByRows("s", names("a", rowQuads), names("b", keyQuads)), 2)}
+}`);
+  const multiplyValues = (stage: string, depth: string) =>
+    `{
+${unroll(rowQuads, (r) => `  let a${r} = probs[slice][${depth}][${rowQuad(r)}];`)}
+${unroll(valueQuads, (c) => `  let b${c} = right[${stage}][${depth}][${keyQuad(c)}];`)}
+${indent(outerByColumns("o", names("a", rowQuads), names("b", valueQuads)), 2)}
+}`;
+  const multiplyValuesSelecting = (stage: string) =>
+    `for (var d = 0u; d < DEPTH; d += 1u) {
+${unroll(rowQuads, (r) => `  let a${r} = probs[slice][d][${rowQuad(r)}];`)}
+${unroll(valueQuads, (c) => `  let b${c} = right[${stage}][d][${keyQuad(c)}];`)}
+${
+      indent(
+        everyOutput((o, i, c) => {
+          const p = `a${Math.floor(i / 4)}[${i % 4}]`;
+          return `${o} = select(fma(vec4<f32>(${p}), b${c}, ${o}), ${o}, ${p} == 0.0);`;
+        }),
+        2,
+      )
+    }
+}`;
+
+  const publishProbabilities = `switch group {
+${
+    unroll(groups, (g) => {
+      const c = Math.floor(g / (4 / probKeys));
+      const first = c * 4 + (g % (4 / probKeys)) * probKeys;
+      return `  case ${g}u: {
+${
+        unroll(probKeys, (j) =>
+          unroll(rowQuads, (r) =>
+            `    probs[(tx * ${probKeys}u + ${j}u) / DEPTH][(tx * ${probKeys}u + ${j}u) % DEPTH][${rowQuad(r)}] = s${
+              first + j
+            }_${r};`))
+      }
+  }`;
+    })
+  }
+  default: {}
+}`;
+
+  return `// MLA attention over expanded keys and values.
+// blockQ ${blockQ}, blockK ${blockK}, ${threadRows} × ${threadColumns} invocations, ${rowsPerThread} rows each, depth ${blockDepth}, ${numStages} stage(s)
+const BLOCK_Q = ${blockQ}u;
+const BLOCK_K = ${blockK}u;
+const DEPTH = ${blockDepth}u;
+const DEPTH_PIECES = ${depthPieces}u;
+const TX = ${threadColumns}u;
+const SLICE_KEYS = ${sliceKeys}u;
+const PROB_SLICES = ${probSlices}u;
+const VALUE_QUADS = ${paddedValueQuads}u;
+const QUERY_HEADS = ${queryHeads}u;
+const GROUP_SIZE = ${queryHeads / kvHeads}u;
+const QUERY_WIDTH = ${queryWidth}u;
+const P = ${P}u;
+const R = ${R}u;
+const V = ${V}u;
+const NOPE_SLICES = ${nopeSlices}u;
+const MASKED = -3.4e38;
+const UNSEEN = -3.0e38;
+
+struct Params {
+  scaleLog2: f32,    // softmaxScale · log2(e)
+  firstHead: u32,    // first query head of this head group
+  groupKvHeads: u32, // KV heads in a row of keys and values
+  firstBlock: u32,   // index of the first block of this dispatch
+}
+
+struct Block {
+  queryStart: u32,
+  queryEnd: u32,
+  keyStart: u32,
+  keyEnd: u32,    // one past the last key that any row sees
+  sharedEnd: u32, // one past the last key that every row sees
+  diagonal: i32,  // causal: row i sees keys below i + diagonal
+  unused0: u32,
+  unused1: u32,
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> blocks: array<Block>;
+@group(0) @binding(2) var<storage, read> query: array<${element(vectorQuery)}>;
+@group(0) @binding(3) var<storage, read> keys: array<${element(vectorKey)}>;
+@group(0) @binding(4) var<storage, read> values: array<${element(vectorValue)}>;
+@group(0) @binding(5) var<storage, read_write> output: array<${element(vectorValue)}>;
+${rope === "none" ? "" : `@group(0) @binding(6) var<storage, read> ropeKey: array<${element(vectorRope)}>;`}
+${rope === "shared" ? `@group(0) @binding(7) var<storage, read> ropeQuery: array<${element(vectorRope)}>;` : ""}
+
+var<workgroup> left: array<array<array<vec4<f32>, ${leftStride}>, ${blockDepth}>, ${numStages}>;
+var<workgroup> right: array<array<array<vec4<f32>, ${rightStride}>, ${blockDepth}>, ${numStages}>;
+var<workgroup> probs: array<array<array<vec4<f32>, ${leftStride}>, ${blockDepth}>, ${probSlices}>;
+var<workgroup> poisoned: array<atomic<u32>, 4>; // [0] is set once a staged value row held NaN or infinity
+
+fn loadQuery(block: Block, head: u32, piece: u32, slice: u32) -> vec4<f32> {
+  let row = block.queryStart + piece / DEPTH_PIECES;
+  let within = (piece % DEPTH_PIECES) * 4u;
+  if (row >= block.queryEnd) { return vec4<f32>(); }
+  if (slice < NOPE_SLICES) {
+    let column = slice * DEPTH + within;
+    if (column < P) { return ${load4("query", vectorQuery, "(row * QUERY_HEADS + head) * QUERY_WIDTH", "column", P)}; }
+  }${
+    rope === "none" ? "" : ` else {
+    let column = (slice - NOPE_SLICES) * DEPTH + within;
+    if (column < R) { return ${
+      rope === "in_query"
+        ? load4("query", vectorQuery, "(row * QUERY_HEADS + head) * QUERY_WIDTH + P", "column", R)
+        : load4("ropeQuery", vectorRope, "row * R", "column", R)
+    }; }
+  }`
+  }
+  return vec4<f32>();
+}
+
+fn loadKey(block: Block, kvHead: u32, keyBase: u32, piece: u32, slice: u32) -> vec4<f32> {
+  let row = keyBase + piece / DEPTH_PIECES;
+  let within = (piece % DEPTH_PIECES) * 4u;
+  if (row >= block.keyEnd) { return vec4<f32>(); }
+  if (slice < NOPE_SLICES) {
+    let column = slice * DEPTH + within;
+    if (column < P) { return ${load4("keys", vectorKey, "(row * params.groupKvHeads + kvHead) * P", "column", P)}; }
+  }${
+    rope === "none" ? "" : ` else {
+    let column = (slice - NOPE_SLICES) * DEPTH + within;
+    if (column < R) { return ${load4("ropeKey", vectorRope, "row * R", "column", R)}; }
+  }`
+  }
+  return vec4<f32>();
+}
+
+fn loadValue(block: Block, kvHead: u32, keyBase: u32, group: u32, piece: u32, slice: u32) -> vec4<f32> {
+  let key = slice * DEPTH + piece / VALUE_QUADS;
+  let column = (piece % VALUE_QUADS) * 4u;
+  let row = keyBase + (group / ${4 / probKeys}u) * 4u * TX + (key / ${probKeys}u) * 4u + (group % ${
+    4 / probKeys
+  }u) * ${probKeys}u + key % ${probKeys}u;
+  if (row >= block.keyEnd || column >= V) { return vec4<f32>(); }
+  return ${load4("values", vectorValue, "(row * params.groupKvHeads + kvHead) * V", "column", V)};
+}
+
+fn stageQuery(piece: u32, stage: u32, value: vec4<f32>) {
+  let row = piece / DEPTH_PIECES;
+  let depth = (piece % DEPTH_PIECES) * 4u;
+${indent(storeTransposed("left", "stage", "depth", "row", "value"), 2)}
+}
+
+fn stageKey(piece: u32, stage: u32, value: vec4<f32>) {
+  let row = piece / DEPTH_PIECES;
+  let depth = (piece % DEPTH_PIECES) * 4u;
+${indent(storeTransposed("right", "stage", "depth", "row", "value"), 2)}
+}
+
+fn stageValue(piece: u32, stage: u32, value: vec4<f32>) {
+  let exponent = bitcast<vec4<u32>>(value) & vec4<u32>(0x7f800000u);
+  if (any(exponent == vec4<u32>(0x7f800000u))) { atomicStore(&poisoned[0], 1u); }
+  right[stage][piece / VALUE_QUADS][piece % VALUE_QUADS] = value;
+}
+
+@compute @workgroup_size(${workgroupSize})
+fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) t: u32) {
+  let block = blocks[params.firstBlock + workgroup.y];
+  let head = params.firstHead + workgroup.x;
+  let kvHead = workgroup.x / GROUP_SIZE;
+  let tx = t % TX;
+  let ty = t / TX;
+  if (t == 0u) { atomicStore(&poisoned[0], 0u); } // many barriers before its first use
+${unroll(rowQuads, (r) => `  var rowMax${r} = vec4<f32>(MASKED);\n  var rowSum${r} = vec4<f32>();`)}
+${indent(everyOutput((o) => `var ${o} = vec4<f32>();`), 2)}
+
+  for (var keyBase = block.keyStart; keyBase < block.keyEnd; keyBase += BLOCK_K) {
+    let masking = keyBase + BLOCK_K > block.sharedEnd;
+
+    // Scores.
+${indent(everyScore((s) => `var ${s} = vec4<f32>();`), 4)}
+${
+    indent(
+      slicedLoop({
+        slices: `${nopeSlices + ropeSlices}u`,
+        workgroupSize,
+        numStages,
+        operands: [queries, keys],
+        compute: multiplyScores,
+      }),
+      4,
+    )
+  }
+${indent(everyScore((s) => `${s} *= params.scaleLog2;`), 4)}
+    if (masking) {
+${
+    unroll(rowQuads, (r) => {
+      if (!causal) return `      let end${r} = vec4<u32>(block.keyEnd);`;
+      const row = `block.queryStart + 4u * (${rowQuad(r)})`;
+      return `      let end${r} = min(vec4<u32>(max(vec4<i32>(i32(${row})) + vec4<i32>(0, 1, 2, 3) + block.diagonal, vec4<i32>())), vec4<u32>(block.keyEnd));`;
+    })
+  }
+${
+    indent(
+      unroll(keyQuads * 4, (j) =>
+        `let key${j} = vec4<u32>(keyBase + ${keyOf(j)});
+${unroll(rowQuads, (r) => `s${j}_${r} = select(vec4<f32>(MASKED), s${j}_${r}, key${j} < end${r});`)}`),
+      6,
+    )
+  }
+    }
+
+    // Row maxima over the block, then over all that came before.
+${
+    unroll(rowQuads, (r) =>
+      `    var newMax${r} = s0_${r};
+${unroll(keyQuads * 4 - 1, (j) => `    newMax${r} = max(newMax${r}, s${j + 1}_${r});`)}
+    probs[tx / DEPTH][tx % DEPTH][${rowQuad(r)}] = newMax${r};`)
+  }
+    workgroupBarrier();
+${
+    unroll(rowQuads, (r) =>
+      `    newMax${r} = rowMax${r};
+${
+        unroll(threadColumns, (x) =>
+          `    newMax${r} = max(newMax${r}, probs[${Math.floor(x / blockDepth)}][${x % blockDepth}][${rowQuad(r)}]);`)
+      }`)
+  }
+    workgroupBarrier();
+
+    // Probabilities, and the rescaling of what was summed under the old maximum.
+${
+    unroll(rowQuads, (r) =>
+      `    let decay${r} = exp2(rowMax${r} - newMax${r});
+    rowMax${r} = newMax${r};
+    rowSum${r} *= decay${r};`)
+  }
+${
+    indent(
+      everyScore((s, _j, r) =>
+        `${s} = select(exp2(${s} - newMax${r}), vec4<f32>(), ${s} <= vec4<f32>(UNSEEN));
+rowSum${r} += ${s};`
+      ),
+      4,
+    )
+  }
+${indent(everyOutput((o, i) => `${o} *= decay${Math.floor(i / 4)}[${i % 4}];`), 4)}
+
+    // Outputs.
+    for (var group = 0u; group < ${groups}u; group += 1u) {
+${
+    indent(
+      slicedLoop({
+        slices: "PROB_SLICES",
+        workgroupSize,
+        numStages,
+        operands: [values],
+        prologue: publishProbabilities,
+        compute: (stage) =>
+          `if (masking && atomicLoad(&poisoned[0]) != 0u) {
+${indent(multiplyValuesSelecting(stage), 2)}
+} else {
+${indent(unroll(blockDepth, (d) => multiplyValues(stage, `${d}`)), 2)}
+}`,
+      }),
+      6,
+    )
+  }
+    }
+  }
+
+  // Row sums over the invocations of a row.
+${unroll(rowQuads, (r) => `  probs[tx / DEPTH][tx % DEPTH][${rowQuad(r)}] = rowSum${r};`)}
+  workgroupBarrier();
+${
+    unroll(rowQuads, (r) =>
+      `  var total${r} = vec4<f32>();
+${
+        unroll(threadColumns, (x) =>
+          `  total${r} += probs[${Math.floor(x / blockDepth)}][${x % blockDepth}][${rowQuad(r)}];`)
+      }`)
+  }
+${
+    unroll(rowsPerThread, (i) => {
+      const total = `total${Math.floor(i / 4)}[${i % 4}]`;
+      return `  {
+    let row = block.queryStart + 4u * (${rowQuad(Math.floor(i / 4))}) + ${i % 4}u;
+    if (row < block.queryEnd) {
+      let offset = (row * QUERY_HEADS + head) * V;
+${
+        unroll(valueQuads, (c) =>
+          indent(
+            `{
+  let column = 4u * (${keyQuad(c)});
+  let result = select(o${i}_${c} / ${total}, vec4<f32>(), ${total} == 0.0);
+${
+              vectorValue
+                ? "  if (column < V) { output[(offset + column) / 4u] = result; }"
+                : unroll(4, (j) => `  if (column + ${j}u < V) { output[offset + column + ${j}u] = result[${j}]; }`)
+            }
+}`,
+            6,
+          ))
+      }
+    }
+  }`;
+    })
+  }
+}
+`;
+}

@@ -1,0 +1,212 @@
+// One planned call on one device: kernels compiled, memory borrowed, ready to be run, read back and timed.
+
+import { FlashMLAError } from "../op/errors.ts";
+import { type MlaProblem, outputShape } from "../op/mla_problem.ts";
+import type { Tensor } from "../op/tensor.ts";
+import { type AttentionPlan, type Dispatch, type Operand, paramsStride } from "./attention_plan.ts";
+import type { PooledUsage } from "./buffers.ts";
+import { type GpuContext, lostError } from "./device.ts";
+import type { ResidentInputs } from "./resident_inputs.ts";
+import { timeOnGpu } from "./timing.ts";
+
+/** The kernels of a plan, by name. */
+export type KernelName = Dispatch["kernel"];
+
+interface BoundDispatch extends Dispatch {
+  readonly pipeline: GPUComputePipeline;
+  readonly bindGroup: GPUBindGroup;
+}
+
+/** A call made ready on a device. */
+export class PreparedAttention {
+  readonly #context: GpuContext;
+  readonly #problem: MlaProblem;
+  readonly #plan: AttentionPlan;
+  readonly #borrowed: { readonly usage: PooledUsage; readonly buffer: GPUBuffer }[] = [];
+  #outputs: GPUBuffer[] = [];
+  #dispatches: BoundDispatch[] = [];
+
+  private constructor(context: GpuContext, problem: MlaProblem, plan: AttentionPlan) {
+    this.#context = context;
+    this.#problem = problem;
+    this.#plan = plan;
+  }
+
+  /**
+   * Compiles a plan's kernels and borrows its memory.
+   *
+   * @param context The device.
+   * @param problem The problem that was planned.
+   * @param plan Its plan.
+   * @param inputs Its inputs on the same device; they must outlive the result.
+   * @throws {FlashMLAError} When a kernel does not compile, memory is refused, or the device is lost.
+   */
+  static async create(
+    context: GpuContext,
+    problem: MlaProblem,
+    plan: AttentionPlan,
+    inputs: ResidentInputs,
+  ): Promise<PreparedAttention> {
+    const names = Object.keys(plan.kernels) as KernelName[];
+    const compiled = await Promise.all(names.map((name) => context.pipelines.get(name, plan.kernels[name])));
+    const pipelines = new Map(names.map((name, i) => [name, compiled[i]]));
+    const prepared = new PreparedAttention(context, problem, plan);
+    try {
+      await prepared.#checked("allocate its buffers", () => prepared.#bind(inputs, pipelines));
+    } catch (error) {
+      prepared.dispose();
+      throw error;
+    }
+    return prepared;
+  }
+
+  /** Runs the call once and reads the result back. */
+  async output(): Promise<Tensor> {
+    const { device, buffers } = this.#context;
+    const shape = outputShape(this.#problem);
+    const rowLength = shape[2] * shape[3];
+    const data = new Float32Array(shape[0] * shape[1] * rowLength);
+    const readbacks = this.#plan.queryRanges.map(({ start, end }) => {
+      const bytes = (end - start) * rowLength * 4;
+      return { start, bytes, buffer: buffers.acquire("readback", bytes) };
+    });
+    try {
+      await this.#checked("run its kernels", () => {
+        const encoder = device.createCommandEncoder({ label: "flash-mla attention" });
+        this.encode(encoder);
+        readbacks.forEach(({ bytes, buffer }, i) => encoder.copyBufferToBuffer(this.#outputs[i], 0, buffer, 0, bytes));
+        device.queue.submit([encoder.finish()]);
+      });
+      for (const { start, bytes, buffer } of readbacks) {
+        await buffer.mapAsync(1, 0, bytes).catch((cause) => {
+          throw this.#context.lost() === null
+            ? new FlashMLAError("device", `Cannot read the result back: ${cause}`, { cause })
+            : lostError(this.#context, cause);
+        });
+        data.set(new Float32Array(buffer.getMappedRange(0, bytes)), start * rowLength);
+        buffer.unmap();
+      }
+      if (this.#context.lost() !== null) throw lostError(this.#context);
+    } finally {
+      for (const { buffer } of readbacks) buffers.release("readback", buffer);
+    }
+    return { data, shape };
+  }
+
+  /**
+   * Runs the call's kernels `repeats` times back to back.
+   *
+   * @param repeats How often.
+   * @param only The kernels to run; all of them when absent.
+   * @returns Milliseconds for all repeats together.
+   */
+  async time(repeats: number, only?: readonly KernelName[]): Promise<number> {
+    if (this.#context.lost() !== null) throw lostError(this.#context);
+    try {
+      return await timeOnGpu(
+        this.#context,
+        (encoder, timestampWrites) => this.encode(encoder, { only, timestampWrites }),
+        repeats,
+      );
+    } catch (cause) {
+      throw this.#context.lost() === null ? cause : lostError(this.#context, cause);
+    }
+  }
+
+  /** Records the call's dispatches as one compute pass. */
+  encode(
+    encoder: GPUCommandEncoder,
+    options: { only?: readonly KernelName[]; timestampWrites?: GPUComputePassTimestampWrites } = {},
+  ): void {
+    const { only, timestampWrites } = options;
+    const pass = encoder.beginComputePass({ label: "flash-mla", timestampWrites });
+    for (const { kernel, pipeline, bindGroup, workgroups } of this.#dispatches) {
+      if (only !== undefined && !only.includes(kernel)) continue;
+      pass.setPipeline(pipeline);
+      pass.setBindGroup(0, bindGroup);
+      pass.dispatchWorkgroups(...workgroups);
+    }
+    pass.end();
+  }
+
+  /** Gives the borrowed memory back. */
+  dispose(): void {
+    for (const { usage, buffer } of this.#borrowed.splice(0)) this.#context.buffers.release(usage, buffer);
+    this.#dispatches = [];
+    this.#outputs = [];
+  }
+
+  #bind(inputs: ResidentInputs, pipelines: ReadonlyMap<KernelName, GPUComputePipeline>): void {
+    const { device, capabilities } = this.#context;
+    const maxBinding = Math.floor(capabilities.limits.maxStorageBufferBindingSize / 16) * 16;
+    const { queryRanges, params, keysBytes, valuesBytes } = this.#plan;
+    const { queryHeads, vHeadDim } = this.#problem;
+    const paramsBuffer = this.#borrow("uniform", params.byteLength);
+    device.queue.writeBuffer(paramsBuffer, 0, params);
+    const keys = this.#borrow("storage", keysBytes);
+    const values = this.#borrow("storage", valuesBytes);
+    const blocks = queryRanges.map((range) => {
+      const buffer = this.#borrow("storage", range.blocks.byteLength);
+      device.queue.writeBuffer(buffer, 0, range.blocks);
+      return buffer;
+    });
+    this.#outputs = queryRanges.map(({ start, end }) =>
+      this.#borrow("storage", (end - start) * queryHeads * vHeadDim * 4)
+    );
+    const own = (operand: Operand, range: number) =>
+      ({ params: paramsBuffer, keys, values, blocks: blocks[range], output: this.#outputs[range] } as Partial<
+        Record<Operand, GPUBuffer>
+      >)[operand];
+
+    this.#dispatches = this.#plan.dispatches.map((dispatch) => {
+      const pipeline = pipelines.get(dispatch.kernel)!;
+      const entries = dispatch.bindings.map(({ binding, operand }): GPUBindGroupEntry => {
+        const buffer = own(operand, dispatch.range) ?? inputs.get(operand, dispatch.range);
+        if (buffer === undefined) {
+          throw new FlashMLAError("invalid-input", `Cannot run MLA: operand ${operand} is missing`);
+        }
+        const resource = operand === "params"
+          ? { buffer, offset: dispatch.params * paramsStride, size: 16 }
+          // Pooled buffers may be longer than the limit on a binding.
+          : { buffer, size: Math.min(buffer.size, maxBinding) };
+        return { binding, resource };
+      });
+      return {
+        ...dispatch,
+        pipeline,
+        bindGroup: device.createBindGroup({ layout: pipeline.getBindGroupLayout(0), entries }),
+      };
+    });
+  }
+
+  #borrow(usage: PooledUsage, bytes: number): GPUBuffer {
+    const buffer = this.#context.buffers.acquire(usage, bytes);
+    this.#borrowed.push({ usage, buffer });
+    return buffer;
+  }
+
+  /** Does one step between error scopes and turns what they caught into an error of ours. */
+  async #checked(step: string, work: () => void): Promise<void> {
+    const { device } = this.#context;
+    if (this.#context.lost() !== null) throw lostError(this.#context);
+    device.pushErrorScope("out-of-memory");
+    device.pushErrorScope("validation");
+    let failed: unknown = null;
+    try {
+      work();
+    } catch (error) {
+      failed = error;
+    }
+    // Popped before anything is awaited: other calls push theirs in the meantime.
+    const scopes = [device.popErrorScope(), device.popErrorScope()];
+    const errors = await Promise.all(scopes).catch((cause) => {
+      throw this.#context.lost() === null ? cause : lostError(this.#context, cause);
+    });
+    if (failed !== null) throw failed;
+    const caught = errors.find((error) => error !== null);
+    if (this.#context.lost() !== null) throw lostError(this.#context, caught);
+    if (caught) {
+      throw new FlashMLAError("device", `The GPU device could not ${step}: ${caught.message}`, { cause: caught });
+    }
+  }
+}
