@@ -15,6 +15,9 @@ export const scratchLimit = 256 * 2 ** 20;
 /** Bytes between two parameter blocks: WebGPU's strictest alignment of a uniform binding. */
 export const paramsStride = 256;
 
+/** Bytes of one parameter block, at least as many as the largest of the kernels' `Params`. */
+export const paramsBytes = 48;
+
 /** The operands that the plan's dispatches bind. */
 export type Operand =
   | "params"
@@ -68,7 +71,7 @@ export interface AttentionPlan {
 /** Why this configuration cannot run this problem on such a device, or null when it can. */
 export function whyInvalid(config: FlashMLAConfig, problem: MlaProblem, limits: GpuLimits): string | null {
   return attend.whyInvalid(config, problem, limits) ??
-    expand.whyInvalid(expand.expandTile(config.expandBlock, limits), limits);
+    expand.whyInvalid(expand.expandTile(config, limits), limits);
 }
 
 /**
@@ -107,8 +110,7 @@ export function attentionPlan(problem: MlaProblem, config: FlashMLAConfig, limit
     ...rows,
     blocks: schedule(problem, config.blockQ, rows),
   }));
-  const tile = expand.expandTile(config.expandBlock, limits);
-  const shapes = expand.expandShapes(problem);
+  const tile = expand.expandTile(config, limits);
   const dispatches: Dispatch[] = [];
   const params: { readonly floats: readonly number[]; readonly words: readonly number[] }[] = [];
   const add = (dispatch: Omit<Dispatch, "params">, floats: readonly number[], words: readonly number[]) => {
@@ -120,8 +122,8 @@ export function attentionPlan(problem: MlaProblem, config: FlashMLAConfig, limit
     const heads = Math.min(groupKvHeads, kvHeads - first);
     for (const side of ["keys", "values"] as const) {
       const headDim = side === "keys" ? qkNopeHeadDim : vHeadDim;
-      const rowTiles = Math.ceil(keyRows / tile.block);
-      const columnTiles = Math.ceil((heads * headDim) / tile.block);
+      const rowTiles = Math.ceil(keyRows / tile.blockM);
+      const columnTiles = Math.ceil((heads * headDim) / tile.blockN);
       if (columnTiles > limits.maxComputeWorkgroupsPerDimension) {
         throw limitError(`${columnTiles} column tiles of ${side}`, "maxComputeWorkgroupsPerDimension", limits);
       }
@@ -139,7 +141,7 @@ export function attentionPlan(problem: MlaProblem, config: FlashMLAConfig, limit
             workgroups: [columnTiles, tiles],
           },
           [],
-          [keyRows, heads * headDim, first * headDim, firstTile],
+          [keyRows, heads * headDim, first * headDim, firstTile, kvLoraRank, kvHeads * headDim],
         );
       }
     }
@@ -154,7 +156,16 @@ export function attentionPlan(problem: MlaProblem, config: FlashMLAConfig, limit
             workgroups: [heads * headsPerKv, tiles],
           },
           [problem.softmaxScale * Math.LOG2E],
-          [first * headsPerKv, heads, firstBlock],
+          [
+            first * headsPerKv,
+            heads,
+            firstBlock,
+            queryHeads,
+            headsPerKv,
+            qkNopeHeadDim,
+            qkRopeHeadDim,
+            vHeadDim,
+          ],
         );
       }
     });
@@ -162,8 +173,8 @@ export function attentionPlan(problem: MlaProblem, config: FlashMLAConfig, limit
 
   return {
     kernels: {
-      expandKeys: expand.wgsl(tile, shapes.keys),
-      expandValues: expand.wgsl(tile, shapes.values),
+      expandKeys: expand.wgsl(tile, { kvLoraRank, headDim: qkNopeHeadDim }),
+      expandValues: expand.wgsl(tile, { kvLoraRank, headDim: vHeadDim }),
       attend: attend.wgsl(config, problem),
     },
     dispatches,

@@ -3,10 +3,10 @@
 import { FlashMLAError } from "../op/errors.ts";
 import { type MlaProblem, outputShape } from "../op/mla_problem.ts";
 import type { Tensor } from "../op/tensor.ts";
-import { type AttentionPlan, type Dispatch, type Operand, paramsStride } from "./attention_plan.ts";
+import { type AttentionPlan, type Dispatch, type Operand, paramsBytes, paramsStride } from "./attention_plan.ts";
 import type { PooledUsage } from "./buffers.ts";
 import { type GpuContext, lostError } from "./device.ts";
-import type { ResidentInputs } from "./resident_inputs.ts";
+import type { ResidentCall } from "./resident_call.ts";
 import { timeOnGpu } from "./timing.ts";
 
 /** The kernels of a plan, by name. */
@@ -22,14 +22,15 @@ export class PreparedAttention {
   readonly #context: GpuContext;
   readonly #problem: MlaProblem;
   readonly #plan: AttentionPlan;
+  readonly #call: ResidentCall;
   readonly #borrowed: { readonly usage: PooledUsage; readonly buffer: GPUBuffer }[] = [];
-  #outputs: GPUBuffer[] = [];
   #dispatches: BoundDispatch[] = [];
 
-  private constructor(context: GpuContext, problem: MlaProblem, plan: AttentionPlan) {
+  private constructor(context: GpuContext, problem: MlaProblem, plan: AttentionPlan, call: ResidentCall) {
     this.#context = context;
     this.#problem = problem;
     this.#plan = plan;
+    this.#call = call;
   }
 
   /**
@@ -38,23 +39,23 @@ export class PreparedAttention {
    * @param context The device.
    * @param problem The problem that was planned.
    * @param plan Its plan.
-   * @param inputs Its inputs on the same device; they must outlive the result.
+   * @param call Its memory on the same device; it must outlive the result.
    * @throws {FlashMLAError} When a kernel does not compile, memory is refused, or the device is lost.
    */
   static async create(
     context: GpuContext,
     problem: MlaProblem,
     plan: AttentionPlan,
-    inputs: ResidentInputs,
+    call: ResidentCall,
   ): Promise<PreparedAttention> {
     const names = Object.keys(plan.kernels) as KernelName[];
     const compiled = await Promise.all(names.map((name) => context.pipelines.get(name, plan.kernels[name])));
     const pipelines = new Map(names.map((name, i) => [name, compiled[i]]));
-    const prepared = new PreparedAttention(context, problem, plan);
+    const prepared = new PreparedAttention(context, problem, plan, call);
     try {
-      await prepared.#checked("allocate its buffers", () => prepared.#bind(inputs, pipelines));
+      await prepared.#checked("allocate its buffers", () => prepared.#bind(pipelines));
     } catch (error) {
-      prepared.dispose();
+      prepared[Symbol.dispose]();
       throw error;
     }
     return prepared;
@@ -74,7 +75,9 @@ export class PreparedAttention {
       await this.#checked("run its kernels", () => {
         const encoder = device.createCommandEncoder({ label: "flash-mla attention" });
         this.encode(encoder);
-        readbacks.forEach(({ bytes, buffer }, i) => encoder.copyBufferToBuffer(this.#outputs[i], 0, buffer, 0, bytes));
+        readbacks.forEach(({ bytes, buffer }, i) =>
+          encoder.copyBufferToBuffer(this.#call.get("output", i)!, 0, buffer, 0, bytes)
+        );
         device.queue.submit([encoder.finish()]);
       });
       for (const { start, bytes, buffer } of readbacks) {
@@ -130,47 +133,33 @@ export class PreparedAttention {
   }
 
   /** Gives the borrowed memory back. */
-  dispose(): void {
+  [Symbol.dispose](): void {
     for (const { usage, buffer } of this.#borrowed.splice(0)) this.#context.buffers.release(usage, buffer);
     this.#dispatches = [];
-    this.#outputs = [];
   }
 
-  #bind(inputs: ResidentInputs, pipelines: ReadonlyMap<KernelName, GPUComputePipeline>): void {
+  #bind(pipelines: ReadonlyMap<KernelName, GPUComputePipeline>): void {
     const { device, capabilities } = this.#context;
     const maxBinding = Math.floor(capabilities.limits.maxStorageBufferBindingSize / 16) * 16;
-    const { queryRanges, params, keysBytes, valuesBytes } = this.#plan;
-    const { queryHeads, vHeadDim } = this.#problem;
+    const { queryRanges, params } = this.#plan;
     const paramsBuffer = this.#borrow("uniform", params.byteLength);
     device.queue.writeBuffer(paramsBuffer, 0, params);
-    const keys = this.#borrow("storage", keysBytes);
-    const values = this.#borrow("storage", valuesBytes);
     const blocks = queryRanges.map((range) => {
       const buffer = this.#borrow("storage", range.blocks.byteLength);
       device.queue.writeBuffer(buffer, 0, range.blocks);
       return buffer;
     });
-    this.#outputs = queryRanges.map(({ start, end }) =>
-      this.#borrow("storage", (end - start) * queryHeads * vHeadDim * 4)
-    );
-    const own = (operand: Operand, range: number) =>
-      ({ params: paramsBuffer, keys, values, blocks: blocks[range], output: this.#outputs[range] } as Partial<
-        Record<Operand, GPUBuffer>
-      >)[operand];
-
     this.#dispatches = this.#plan.dispatches.map((dispatch) => {
       const pipeline = pipelines.get(dispatch.kernel)!;
-      const entries = dispatch.bindings.map(({ binding, operand }): GPUBindGroupEntry => {
-        const buffer = own(operand, dispatch.range) ?? inputs.get(operand, dispatch.range);
-        if (buffer === undefined) {
-          throw new FlashMLAError("invalid-input", `Cannot run MLA: operand ${operand} is missing`);
+      const resource = (operand: Operand): GPUBufferBinding => {
+        if (operand === "params") {
+          return { buffer: paramsBuffer, offset: dispatch.params * paramsStride, size: paramsBytes };
         }
-        const resource = operand === "params"
-          ? { buffer, offset: dispatch.params * paramsStride, size: 16 }
-          // Pooled buffers may be longer than the limit on a binding.
-          : { buffer, size: Math.min(buffer.size, maxBinding) };
-        return { binding, resource };
-      });
+        const buffer = operand === "blocks" ? blocks[dispatch.range] : this.#call.get(operand, dispatch.range)!;
+        // Pooled buffers may be longer than the limit on a binding.
+        return { buffer, size: Math.min(buffer.size, maxBinding) };
+      };
+      const entries = dispatch.bindings.map(({ binding, operand }) => ({ binding, resource: resource(operand) }));
       return {
         ...dispatch,
         pipeline,

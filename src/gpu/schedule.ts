@@ -7,6 +7,9 @@ import { segments, visibleKeyEnd } from "../op/segments.ts";
 /** Words of one block in the schedule buffer; the WGSL struct `Block`. */
 export const blockWords = 8;
 
+/** A diagonal past every key, for problems without a causal mask; adding a row to it stays within an i32. */
+const noDiagonal = 2 ** 30;
+
 /** A half-open range of query rows. */
 export interface RowRange {
   /** First row. */
@@ -32,7 +35,7 @@ export function schedule(problem: MlaProblem, blockQ: number, rows: RowRange): U
       const blockStart = Math.max(blockEnd - blockQ, segment.queryStart, rows.start);
       const keyEnd = visibleKeyEnd(segment, blockEnd - 1, problem.causal);
       const sharedEnd = visibleKeyEnd(segment, blockStart, problem.causal);
-      const diagonal = segment.keyEnd - segment.queryEnd + 1 + rows.start;
+      const diagonal = problem.causal ? segment.keyEnd - segment.queryEnd + 1 + rows.start : noDiagonal;
       blocks.push({
         keys: keyEnd - segment.keyStart,
         words: [

@@ -19,8 +19,10 @@ export interface FlashMLAConfig {
   readonly rowsPerThread: number;
   /** Head columns (for scores) or keys (for values) staged per step. */
   readonly blockDepth: number;
-  /** Keys per invocation whose probabilities pass through workgroup memory at a time: 1, 2 or 4. */
+  /** Keys per invocation whose probabilities pass through workgroup memory at a time: 1, 2 or a multiple of 4. */
   readonly probKeys: number;
+  /** Whether the steps of a staged slice are copied out (faster on GPUs) or looped over (compiles fast on CPUs). */
+  readonly unrollDepth: boolean;
   /** Side of the square tile of the expansion GEMM: 32, 64 or 128. */
   readonly expandBlock: number;
   /** The platform that this configuration is for. */

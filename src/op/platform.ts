@@ -26,3 +26,8 @@ export const Backend = {
   /** No requirement. */
   ANY: "any",
 } as const satisfies Record<string, Backend>;
+
+/** One name for each platform: `xla` is `reference`. */
+export function canonicalPlatform(platform: Platform): Platform {
+  return platform === Platform.XLA ? Platform.REFERENCE : platform;
+}

@@ -31,7 +31,11 @@ export class Invocation<Call> {
   /** Bucketed shapes, dtypes and options. */
   readonly bucket: string;
 
-  /** @param init What identifies the call. */
+  /**
+   * Describes a call.
+   *
+   * @param init What identifies the call.
+   */
   constructor(init: InvocationInit<Call>) {
     this.opId = init.opId;
     this.version = init.version;

@@ -43,7 +43,10 @@ export abstract class Kernel<Call, Cfg, Out> {
   /** A good configuration without measuring. */
   abstract heuristicCfg(invocation: Invocation<Call>): Cfg;
 
-  /** The configurations worth measuring, all of them runnable; the heuristic's among them. */
+  /**
+   * The configurations worth measuring, all of them runnable; the heuristic's among them. They depend on the device and the
+   * signature alone: the answer is remembered.
+   */
   candidateCfgs(invocation: Invocation<Call>): readonly Cfg[] {
     return [this.heuristicCfg(invocation)];
   }

@@ -24,6 +24,7 @@ import {
   load4,
   outerByColumns,
   outerByRows,
+  overDepth,
   slicedLoop,
   stagedStride,
   type Staging,
@@ -34,14 +35,14 @@ import {
 /** The tile of one attention kernel: the part of a configuration that it reads. */
 export type AttendTile = Pick<
   FlashMLAConfig,
-  "blockQ" | "blockK" | "numWarps" | "numStages" | "rowsPerThread" | "blockDepth" | "probKeys"
+  "blockQ" | "blockK" | "numWarps" | "numStages" | "rowsPerThread" | "blockDepth" | "probKeys" | "unrollDepth"
 >;
 
-/** What of a problem the generated WGSL depends on; lengths and scale are read at run time. */
-export type AttendShape = Pick<
-  MlaProblem,
-  "queryHeads" | "kvHeads" | "qkNopeHeadDim" | "qkRopeHeadDim" | "vHeadDim" | "rope" | "causal"
->;
+/**
+ * What of a problem the generated WGSL depends on. Lengths, head counts and head dimensions are read at run time: they
+ * only bound loops and scale offsets, and one pipeline then serves many shapes.
+ */
+export type AttendShape = Pick<MlaProblem, "qkNopeHeadDim" | "qkRopeHeadDim" | "vHeadDim" | "rope">;
 
 /** How invocations are laid over a tile. */
 interface ThreadMap {
@@ -83,7 +84,9 @@ export function whyInvalid(tile: AttendTile, shape: AttendShape, limits: GpuLimi
     if (!Number.isInteger(value) || value < 1) return `${name} must be a positive integer, got ${value}`;
   }
   if (numStages !== 1 && numStages !== 2) return `numStages must be 1 or 2, got ${numStages}`;
-  if (probKeys !== 1 && probKeys !== 2 && probKeys !== 4) return `probKeys must be 1, 2 or 4, got ${probKeys}`;
+  if (![1, 2].includes(probKeys) && probKeys % 4 !== 0) {
+    return `probKeys must be 1, 2 or a multiple of 4, got ${probKeys}`;
+  }
   if (rowsPerThread % 4 !== 0) return `rowsPerThread must be a multiple of 4, got ${rowsPerThread}`;
   if (blockDepth % 4 !== 0) return `blockDepth must be a multiple of 4, got ${blockDepth}`;
   if (blockQ % rowsPerThread !== 0) return `blockQ ${blockQ} is not a multiple of rowsPerThread ${rowsPerThread}`;
@@ -92,11 +95,16 @@ export function whyInvalid(tile: AttendTile, shape: AttendShape, limits: GpuLimi
     return `numWarps ${numWarps} gives ${workgroupSize} invocations, not a multiple of the ${threadRows} row groups`;
   }
   if (!Number.isInteger(keyQuads)) return `blockK ${blockK} is not a multiple of 4 keys × ${threadColumns} columns`;
+  if ((keyQuads * 4) % probKeys !== 0) {
+    return `probKeys ${probKeys} does not divide the ${keyQuads * 4} keys of an invocation`;
+  }
   if ((probKeys * threadColumns) % blockDepth !== 0) {
     return `blockDepth ${blockDepth} does not divide the ${probKeys * threadColumns} keys of a probability slice`;
   }
   const registers = rowQuads * 16 * (keyQuads + valueQuads);
-  if (registers > 256) return `${registers} accumulators per invocation, at most 256 are kept in registers`;
+  if (tile.unrollDepth && registers > 256) {
+    return `${registers} accumulators per invocation, at most 256 are kept in registers`;
+  }
   if (workgroupSize > limits.maxComputeInvocationsPerWorkgroup) {
     return `${workgroupSize} invocations pass maxComputeInvocationsPerWorkgroup = ${limits.maxComputeInvocationsPerWorkgroup}`;
   }
@@ -109,25 +117,19 @@ export function whyInvalid(tile: AttendTile, shape: AttendShape, limits: GpuLimi
 
 /** The kernel's source. Bindings are listed in {@link attendBindings} order. */
 export function wgsl(tile: AttendTile, shape: AttendShape): string {
-  const { blockQ, blockK, numStages, rowsPerThread, blockDepth, probKeys } = tile;
-  const { queryHeads, kvHeads, qkNopeHeadDim: P, qkRopeHeadDim: R, vHeadDim: V, rope, causal } = shape;
+  const { blockQ, blockK, numStages, rowsPerThread, blockDepth, probKeys, unrollDepth } = tile;
+  const { qkNopeHeadDim, qkRopeHeadDim, vHeadDim, rope } = shape;
   const { workgroupSize, threadRows, threadColumns, rowQuads, keyQuads, valueQuads } = threadMap(tile, shape);
-  const queryWidth = P + (rope === "in_query" ? R : 0);
-  const vectorQuery = P % 4 === 0 && queryWidth % 4 === 0;
-  const vectorKey = P % 4 === 0;
-  const vectorRope = R % 4 === 0;
-  const vectorValue = V % 4 === 0;
-  const element = (vectorized: boolean) => (vectorized ? "vec4<f32>" : "f32");
+  const vectorized = [qkNopeHeadDim, qkRopeHeadDim, vHeadDim].every((width) => width % 4 === 0);
+  const element = vectorized ? "vec4<f32>" : "f32";
 
   const paddedValueQuads = valueQuads * threadColumns;
   const leftStride = stagedStride(blockQ);
   const rightStride = stagedStride(Math.max(blockK, paddedValueQuads * 4));
   const sliceKeys = probKeys * threadColumns;
   const probSlices = sliceKeys / blockDepth;
-  const groups = keyQuads * (4 / probKeys);
+  const groups = (keyQuads * 4) / probKeys;
   const depthPieces = blockDepth / 4;
-  const nopeSlices = Math.ceil(P / blockDepth);
-  const ropeSlices = Math.ceil(R / blockDepth);
 
   const rowQuad = (r: number) => `ty + ${r * threadRows}u`;
   const keyQuad = (c: number) => `tx + ${c * threadColumns}u`;
@@ -159,44 +161,43 @@ export function wgsl(tile: AttendTile, shape: AttendShape): string {
   };
 
   const multiplyScores = (stage: string) =>
-    unroll(blockDepth, (d) =>
-      `{
-${unroll(rowQuads, (r) => `  let a${r} = left[${stage}][${d}][${rowQuad(r)}];`)}
-${unroll(keyQuads, (c) => `  let b${c} = right[${stage}][${d}][${keyQuad(c)}];`)}
-${indent(outerByRows("s", names("a", rowQuads), names("b", keyQuads)), 2)}
-}`);
-  const multiplyValues = (stage: string, depth: string) =>
-    `{
-${unroll(rowQuads, (r) => `  let a${r} = probs[slice][${depth}][${rowQuad(r)}];`)}
-${unroll(valueQuads, (c) => `  let b${c} = right[${stage}][${depth}][${keyQuad(c)}];`)}
-${indent(outerByColumns("o", names("a", rowQuads), names("b", valueQuads)), 2)}
-}`;
+    overDepth(
+      blockDepth,
+      unrollDepth,
+      (d) =>
+        `${unroll(rowQuads, (r) => `let a${r} = left[${stage}][${d}][${rowQuad(r)}];`)}
+${unroll(keyQuads, (c) => `let b${c} = right[${stage}][${d}][${keyQuad(c)}];`)}
+${outerByRows("s", names("a", rowQuads), names("b", keyQuads))}`,
+    );
+  const multiplyValues = (stage: string) =>
+    overDepth(
+      blockDepth,
+      unrollDepth,
+      (d) =>
+        `${unroll(rowQuads, (r) => `let a${r} = probs[slice][${d}][${rowQuad(r)}];`)}
+${unroll(valueQuads, (c) => `let b${c} = right[${stage}][${d}][${keyQuad(c)}];`)}
+${outerByColumns("o", names("a", rowQuads), names("b", valueQuads))}`,
+    );
   const multiplyValuesSelecting = (stage: string) =>
-    `for (var d = 0u; d < DEPTH; d += 1u) {
-${unroll(rowQuads, (r) => `  let a${r} = probs[slice][d][${rowQuad(r)}];`)}
-${unroll(valueQuads, (c) => `  let b${c} = right[${stage}][d][${keyQuad(c)}];`)}
+    overDepth(blockDepth, false, (d) =>
+      `${unroll(rowQuads, (r) => `let a${r} = probs[slice][${d}][${rowQuad(r)}];`)}
+${unroll(valueQuads, (c) => `let b${c} = right[${stage}][${d}][${keyQuad(c)}];`)}
 ${
-      indent(
         everyOutput((o, i, c) => {
           const p = `a${Math.floor(i / 4)}[${i % 4}]`;
           return `${o} = select(fma(vec4<f32>(${p}), b${c}, ${o}), ${o}, ${p} == 0.0);`;
-        }),
-        2,
-      )
-    }
-}`;
+        })
+      }`);
 
   const publishProbabilities = `switch group {
 ${
     unroll(groups, (g) => {
-      const c = Math.floor(g / (4 / probKeys));
-      const first = c * 4 + (g % (4 / probKeys)) * probKeys;
       return `  case ${g}u: {
 ${
         unroll(probKeys, (j) =>
           unroll(rowQuads, (r) =>
             `    probs[(tx * ${probKeys}u + ${j}u) / DEPTH][(tx * ${probKeys}u + ${j}u) % DEPTH][${rowQuad(r)}] = s${
-              first + j
+              g * probKeys + j
             }_${r};`))
       }
   }`;
@@ -212,16 +213,8 @@ const BLOCK_K = ${blockK}u;
 const DEPTH = ${blockDepth}u;
 const DEPTH_PIECES = ${depthPieces}u;
 const TX = ${threadColumns}u;
-const SLICE_KEYS = ${sliceKeys}u;
 const PROB_SLICES = ${probSlices}u;
 const VALUE_QUADS = ${paddedValueQuads}u;
-const QUERY_HEADS = ${queryHeads}u;
-const GROUP_SIZE = ${queryHeads / kvHeads}u;
-const QUERY_WIDTH = ${queryWidth}u;
-const P = ${P}u;
-const R = ${R}u;
-const V = ${V}u;
-const NOPE_SLICES = ${nopeSlices}u;
 const MASKED = -3.4e38;
 const UNSEEN = -3.0e38;
 
@@ -230,6 +223,11 @@ struct Params {
   firstHead: u32,    // first query head of this head group
   groupKvHeads: u32, // KV heads in a row of keys and values
   firstBlock: u32,   // index of the first block of this dispatch
+  queryHeads: u32,
+  groupSize: u32,    // query heads per KV head
+  P: u32,            // widths of a head: rebuilt from latents, rotary, value
+  R: u32,
+  V: u32,
 }
 
 struct Block {
@@ -245,32 +243,35 @@ struct Block {
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> blocks: array<Block>;
-@group(0) @binding(2) var<storage, read> query: array<${element(vectorQuery)}>;
-@group(0) @binding(3) var<storage, read> keys: array<${element(vectorKey)}>;
-@group(0) @binding(4) var<storage, read> values: array<${element(vectorValue)}>;
-@group(0) @binding(5) var<storage, read_write> output: array<${element(vectorValue)}>;
-${rope === "none" ? "" : `@group(0) @binding(6) var<storage, read> ropeKey: array<${element(vectorRope)}>;`}
-${rope === "shared" ? `@group(0) @binding(7) var<storage, read> ropeQuery: array<${element(vectorRope)}>;` : ""}
+@group(0) @binding(2) var<storage, read> query: array<${element}>;
+@group(0) @binding(3) var<storage, read> keys: array<${element}>;
+@group(0) @binding(4) var<storage, read> values: array<${element}>;
+@group(0) @binding(5) var<storage, read_write> output: array<${element}>;
+${rope === "none" ? "" : `@group(0) @binding(6) var<storage, read> ropeKey: array<${element}>;`}
+${rope === "shared" ? `@group(0) @binding(7) var<storage, read> ropeQuery: array<${element}>;` : ""}
 
 var<workgroup> left: array<array<array<vec4<f32>, ${leftStride}>, ${blockDepth}>, ${numStages}>;
 var<workgroup> right: array<array<array<vec4<f32>, ${rightStride}>, ${blockDepth}>, ${numStages}>;
 var<workgroup> probs: array<array<array<vec4<f32>, ${leftStride}>, ${blockDepth}>, ${probSlices}>;
 var<workgroup> poisoned: array<atomic<u32>, 4>; // [0] is set once a staged value row held NaN or infinity
 
+fn nopeSlices() -> u32 { return (params.P + DEPTH - 1u) / DEPTH; }
+
 fn loadQuery(block: Block, head: u32, piece: u32, slice: u32) -> vec4<f32> {
   let row = block.queryStart + piece / DEPTH_PIECES;
   let within = (piece % DEPTH_PIECES) * 4u;
+  let offset = (row * params.queryHeads + head) * ${rope === "in_query" ? "(params.P + params.R)" : "params.P"};
   if (row >= block.queryEnd) { return vec4<f32>(); }
-  if (slice < NOPE_SLICES) {
+  if (slice < nopeSlices()) {
     let column = slice * DEPTH + within;
-    if (column < P) { return ${load4("query", vectorQuery, "(row * QUERY_HEADS + head) * QUERY_WIDTH", "column", P)}; }
+    if (column < params.P) { return ${load4("query", vectorized, "offset", "column", "params.P")}; }
   }${
     rope === "none" ? "" : ` else {
-    let column = (slice - NOPE_SLICES) * DEPTH + within;
-    if (column < R) { return ${
+    let column = (slice - nopeSlices()) * DEPTH + within;
+    if (column < params.R) { return ${
       rope === "in_query"
-        ? load4("query", vectorQuery, "(row * QUERY_HEADS + head) * QUERY_WIDTH + P", "column", R)
-        : load4("ropeQuery", vectorRope, "row * R", "column", R)
+        ? load4("query", vectorized, "offset + params.P", "column", "params.R")
+        : load4("ropeQuery", vectorized, "row * params.R", "column", "params.R")
     }; }
   }`
   }
@@ -280,27 +281,32 @@ fn loadQuery(block: Block, head: u32, piece: u32, slice: u32) -> vec4<f32> {
 fn loadKey(block: Block, kvHead: u32, keyBase: u32, piece: u32, slice: u32) -> vec4<f32> {
   let row = keyBase + piece / DEPTH_PIECES;
   let within = (piece % DEPTH_PIECES) * 4u;
+  let offset = (row * params.groupKvHeads + kvHead) * params.P;
   if (row >= block.keyEnd) { return vec4<f32>(); }
-  if (slice < NOPE_SLICES) {
+  if (slice < nopeSlices()) {
     let column = slice * DEPTH + within;
-    if (column < P) { return ${load4("keys", vectorKey, "(row * params.groupKvHeads + kvHead) * P", "column", P)}; }
+    if (column < params.P) { return ${load4("keys", vectorized, "offset", "column", "params.P")}; }
   }${
     rope === "none" ? "" : ` else {
-    let column = (slice - NOPE_SLICES) * DEPTH + within;
-    if (column < R) { return ${load4("ropeKey", vectorRope, "row * R", "column", R)}; }
+    let column = (slice - nopeSlices()) * DEPTH + within;
+    if (column < params.R) { return ${load4("ropeKey", vectorized, "row * params.R", "column", "params.R")}; }
   }`
   }
   return vec4<f32>();
 }
 
+// Key, relative to the block, of entry entry of probability slice group.
+fn sliceKey(group: u32, entry: u32) -> u32 {
+  let own = group * ${probKeys}u + entry % ${probKeys}u;
+  return (own / 4u) * 4u * TX + (entry / ${probKeys}u) * 4u + own % 4u;
+}
+
 fn loadValue(block: Block, kvHead: u32, keyBase: u32, group: u32, piece: u32, slice: u32) -> vec4<f32> {
-  let key = slice * DEPTH + piece / VALUE_QUADS;
+  let row = keyBase + sliceKey(group, slice * DEPTH + piece / VALUE_QUADS);
   let column = (piece % VALUE_QUADS) * 4u;
-  let row = keyBase + (group / ${4 / probKeys}u) * 4u * TX + (key / ${probKeys}u) * 4u + (group % ${
-    4 / probKeys
-  }u) * ${probKeys}u + key % ${probKeys}u;
-  if (row >= block.keyEnd || column >= V) { return vec4<f32>(); }
-  return ${load4("values", vectorValue, "(row * params.groupKvHeads + kvHead) * V", "column", V)};
+  let offset = (row * params.groupKvHeads + kvHead) * params.V;
+  if (row >= block.keyEnd || column >= params.V) { return vec4<f32>(); }
+  return ${load4("values", vectorized, "offset", "column", "params.V")};
 }
 
 fn stageQuery(piece: u32, stage: u32, value: vec4<f32>) {
@@ -325,7 +331,8 @@ fn stageValue(piece: u32, stage: u32, value: vec4<f32>) {
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) t: u32) {
   let block = blocks[params.firstBlock + workgroup.y];
   let head = params.firstHead + workgroup.x;
-  let kvHead = workgroup.x / GROUP_SIZE;
+  let kvHead = workgroup.x / params.groupSize;
+  let scoreSlices = nopeSlices()${rope === "none" ? "" : " + (params.R + DEPTH - 1u) / DEPTH"};
   let tx = t % TX;
   let ty = t / TX;
   if (t == 0u) { atomicStore(&poisoned[0], 0u); } // many barriers before its first use
@@ -340,7 +347,7 @@ ${indent(everyScore((s) => `var ${s} = vec4<f32>();`), 4)}
 ${
     indent(
       slicedLoop({
-        slices: `${nopeSlices + ropeSlices}u`,
+        slices: "scoreSlices",
         workgroupSize,
         numStages,
         operands: [queries, keys],
@@ -353,7 +360,6 @@ ${indent(everyScore((s) => `${s} *= params.scaleLog2;`), 4)}
     if (masking) {
 ${
     unroll(rowQuads, (r) => {
-      if (!causal) return `      let end${r} = vec4<u32>(block.keyEnd);`;
       const row = `block.queryStart + 4u * (${rowQuad(r)})`;
       return `      let end${r} = min(vec4<u32>(max(vec4<i32>(i32(${row})) + vec4<i32>(0, 1, 2, 3) + block.diagonal, vec4<i32>())), vec4<u32>(block.keyEnd));`;
     })
@@ -418,7 +424,7 @@ ${
           `if (masking && atomicLoad(&poisoned[0]) != 0u) {
 ${indent(multiplyValuesSelecting(stage), 2)}
 } else {
-${indent(unroll(blockDepth, (d) => multiplyValues(stage, `${d}`)), 2)}
+${indent(multiplyValues(stage), 2)}
 }`,
       }),
       6,
@@ -444,7 +450,7 @@ ${
       return `  {
     let row = block.queryStart + 4u * (${rowQuad(Math.floor(i / 4))}) + ${i % 4}u;
     if (row < block.queryEnd) {
-      let offset = (row * QUERY_HEADS + head) * V;
+      let offset = (row * params.queryHeads + head) * params.V;
 ${
         unroll(valueQuads, (c) =>
           indent(
@@ -452,9 +458,10 @@ ${
   let column = 4u * (${keyQuad(c)});
   let result = select(o${i}_${c} / ${total}, vec4<f32>(), ${total} == 0.0);
 ${
-              vectorValue
-                ? "  if (column < V) { output[(offset + column) / 4u] = result; }"
-                : unroll(4, (j) => `  if (column + ${j}u < V) { output[offset + column + ${j}u] = result[${j}]; }`)
+              vectorized ? "  if (column < params.V) { output[(offset + column) / 4u] = result; }" : unroll(
+                4,
+                (j) => `  if (column + ${j}u < params.V) { output[offset + column + ${j}u] = result[${j}]; }`,
+              )
             }
 }`,
             6,

@@ -7,12 +7,13 @@
 //
 // The result is [rows, columns] with the head dimension fastest, so that attention stages it with vec4 loads.
 
-import type { MlaProblem } from "../../op/mla_problem.ts";
+import type { FlashMLAConfig } from "../../op/config.ts";
 import type { GpuLimits } from "../capabilities.ts";
 import {
   indent,
   load4,
   outerByColumns,
+  overDepth,
   slicedLoop,
   stagedStride,
   type Staging,
@@ -22,59 +23,68 @@ import {
 
 /** The tile of one expansion kernel. */
 export interface ExpandTile {
-  /** Side of the square of the result that one workgroup owns: 32, 64 or 128. */
-  readonly block: number;
+  /** Rows of the result that one workgroup owns. */
+  readonly blockM: number;
+  /** Columns of the result that one workgroup owns. */
+  readonly blockN: number;
+  /** Invocations down the rows. */
+  readonly threadRows: number;
+  /** Invocations along the columns. */
+  readonly threadColumns: number;
   /** Latent columns staged per step. */
   readonly depth: number;
   /** Staging buffers: 1 or 2. */
   readonly numStages: number;
+  /** Whether the steps of a staged slice are copied out or looped over. */
+  readonly unrollDepth: boolean;
 }
 
-/** What of a problem the generated WGSL depends on. */
+/** What of a problem the generated WGSL depends on; sizes are read at run time. */
 export interface ExpandShape {
   /** L. */
   readonly kvLoraRank: number;
-  /** Hkv. */
-  readonly kvHeads: number;
   /** Width of one head of the result: P for keys, V for values. */
   readonly headDim: number;
 }
 
-/** The two expansions of a problem. */
-export function expandShapes(problem: MlaProblem): { readonly keys: ExpandShape; readonly values: ExpandShape } {
-  const { kvLoraRank, kvHeads, qkNopeHeadDim, vHeadDim } = problem;
-  return {
-    keys: { kvLoraRank, kvHeads, headDim: qkNopeHeadDim },
-    values: { kvLoraRank, kvHeads, headDim: vHeadDim },
-  };
-}
-
-/** The tile that goes with a configuration's `expandBlock`. */
-export function expandTile(expandBlock: number, limits: GpuLimits): ExpandTile {
-  const two = { block: expandBlock, depth: expandBlock === 128 ? 8 : 16, numStages: 2 };
-  return workgroupBytes(two) <= limits.maxComputeWorkgroupStorageSize ? two : { ...two, numStages: 1 };
+/** The tile that goes with a configuration. */
+export function expandTile(config: Pick<FlashMLAConfig, "expandBlock" | "unrollDepth">, limits: GpuLimits): ExpandTile {
+  const { expandBlock, unrollDepth } = config;
+  const side = expandBlock === 32 ? 8 : 16;
+  const tile: ExpandTile = unrollDepth
+    ? {
+      blockM: expandBlock,
+      blockN: expandBlock,
+      threadRows: side,
+      threadColumns: side,
+      depth: expandBlock === 128 ? 8 : 16,
+      numStages: 2,
+      unrollDepth,
+    }
+    : { blockM: 128, blockN: expandBlock, threadRows: 32, threadColumns: 1, depth: 16, numStages: 1, unrollDepth };
+  return workgroupBytes(tile) <= limits.maxComputeWorkgroupStorageSize ? tile : { ...tile, numStages: 1 };
 }
 
 /** Invocations per workgroup. */
 export function workgroupSize(tile: ExpandTile): number {
-  return tile.block === 32 ? 64 : 256;
+  return tile.threadRows * tile.threadColumns;
 }
 
 /** Bytes of workgroup memory that the kernel declares. */
 export function workgroupBytes(tile: ExpandTile): number {
-  return 16 * tile.numStages * tile.depth * 2 * stagedStride(tile.block);
+  return 16 * tile.numStages * tile.depth * (stagedStride(tile.blockM) + stagedStride(tile.blockN));
 }
 
 /** Why this tile cannot run, or null when it can. */
 export function whyInvalid(tile: ExpandTile, limits: GpuLimits): string | null {
-  if (![32, 64, 128].includes(tile.block)) return `expandBlock must be 32, 64 or 128, got ${tile.block}`;
+  if (![32, 64, 128].includes(tile.blockN)) return `expandBlock must be 32, 64 or 128, got ${tile.blockN}`;
   if (workgroupSize(tile) > limits.maxComputeInvocationsPerWorkgroup) {
-    return `expandBlock ${tile.block} needs ${
+    return `expandBlock ${tile.blockN} needs ${
       workgroupSize(tile)
     } invocations, maxComputeInvocationsPerWorkgroup is ${limits.maxComputeInvocationsPerWorkgroup}`;
   }
   if (workgroupBytes(tile) > limits.maxComputeWorkgroupStorageSize) {
-    return `expandBlock ${tile.block} needs ${
+    return `expandBlock ${tile.blockN} needs ${
       workgroupBytes(tile)
     } bytes of workgroup memory, maxComputeWorkgroupStorageSize is ${limits.maxComputeWorkgroupStorageSize}`;
   }
@@ -83,62 +93,60 @@ export function whyInvalid(tile: ExpandTile, limits: GpuLimits): string | null {
 
 /** The kernel's source. */
 export function wgsl(tile: ExpandTile, shape: ExpandShape): string {
-  const { block, depth, numStages } = tile;
-  const { kvLoraRank: L, kvHeads, headDim } = shape;
+  const { blockM, blockN, threadRows, threadColumns, depth, numStages } = tile;
   const size = workgroupSize(tile);
-  const side = Math.sqrt(size);
-  const quads = block / side / 4;
-  const vectorLatent = L % 4 === 0;
-  const vectorHead = headDim % 4 === 0;
-  const element = (vectorized: boolean) => (vectorized ? "vec4<f32>" : "f32");
+  const rowQuads = blockM / threadRows / 4;
+  const columnQuads = blockN / threadColumns / 4;
+  const vectorized = shape.kvLoraRank % 4 === 0 && shape.headDim % 4 === 0;
+  const element = vectorized ? "vec4<f32>" : "f32";
   const depthPieces = depth / 4;
-  const stride = stagedStride(block);
-  const names = (prefix: string) => Array.from({ length: quads }, (_, i) => `${prefix}${i}`);
+  const names = (prefix: string, count: number) => Array.from({ length: count }, (_, i) => `${prefix}${i}`);
 
   const latents: Staging = {
     name: "latent",
-    pieces: block * depthPieces,
+    pieces: blockM * depthPieces,
     load: (piece, slice) => `loadLatent(${piece}, ${slice}, rowBase)`,
     store: (piece, value, stage) => `stageLatent(${piece}, ${stage}, ${value});`,
   };
   const weights: Staging = {
     name: "weight",
-    pieces: depth * (block / 4),
+    pieces: depth * (blockN / 4),
     load: (piece, slice) => `loadWeight(${piece}, ${slice}, columnBase)`,
     store: (piece, value, stage) => `right[${stage}][${piece} / BLOCK_QUADS][${piece} % BLOCK_QUADS] = ${value};`,
   };
   const everyResult = (emit: (name: string, row: number, quad: number) => string) =>
-    unroll(quads * 4, (i) => unroll(quads, (c) => emit(`c${i}_${c}`, i, c)));
+    unroll(rowQuads * 4, (i) => unroll(columnQuads, (c) => emit(`c${i}_${c}`, i, c)));
 
-  return `// Latents × weights = keys or values of a head group. ${block} × ${block}, depth ${depth}, ${numStages} stage(s)
-const BLOCK = ${block}u;
-const BLOCK_QUADS = ${block / 4}u;
+  return `// Latents × weights = keys or values of a head group. ${blockM} × ${blockN}, depth ${depth}, ${numStages} stage(s)
+const BLOCK_M = ${blockM}u;
+const BLOCK_N = ${blockN}u;
+const BLOCK_QUADS = ${blockN / 4}u;
 const DEPTH = ${depth}u;
 const DEPTH_PIECES = ${depthPieces}u;
-const SIDE = ${side}u;
-const L = ${L}u;
-const WEIGHT_STRIDE = ${kvHeads * headDim}u;
+const TX = ${threadColumns}u;
 
 struct Params {
-  rows: u32,        // latent rows
-  columns: u32,     // columns of the result: heads of the group × head dimension
-  firstColumn: u32, // first column of the group in the weights
-  firstTile: u32,   // index of the first row tile of this dispatch
+  rows: u32,         // latent rows
+  columns: u32,      // columns of the result: heads of the group × head dimension
+  firstColumn: u32,  // first column of the group in the weights
+  firstTile: u32,    // index of the first row tile of this dispatch
+  L: u32,            // width of a latent row
+  weightStride: u32, // columns of the weights: all KV heads × head dimension
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> latent: array<${element(vectorLatent)}>;
-@group(0) @binding(2) var<storage, read> weight: array<${element(vectorHead)}>;
-@group(0) @binding(3) var<storage, read_write> expanded: array<${element(vectorHead)}>;
+@group(0) @binding(1) var<storage, read> latent: array<${element}>;
+@group(0) @binding(2) var<storage, read> weight: array<${element}>;
+@group(0) @binding(3) var<storage, read_write> expanded: array<${element}>;
 
-var<workgroup> left: array<array<array<vec4<f32>, ${stride}>, ${depth}>, ${numStages}>;
-var<workgroup> right: array<array<array<vec4<f32>, ${stride}>, ${depth}>, ${numStages}>;
+var<workgroup> left: array<array<array<vec4<f32>, ${stagedStride(blockM)}>, ${depth}>, ${numStages}>;
+var<workgroup> right: array<array<array<vec4<f32>, ${stagedStride(blockN)}>, ${depth}>, ${numStages}>;
 
 fn loadLatent(piece: u32, slice: u32, rowBase: u32) -> vec4<f32> {
   let row = rowBase + piece / DEPTH_PIECES;
   let column = slice * DEPTH + (piece % DEPTH_PIECES) * 4u;
-  if (row >= params.rows || column >= L) { return vec4<f32>(); }
-  return ${load4("latent", vectorLatent, "row * L", "column", L)};
+  if (row >= params.rows || column >= params.L) { return vec4<f32>(); }
+  return ${load4("latent", vectorized, "row * params.L", "column", "params.L")};
 }
 
 fn stageLatent(piece: u32, stage: u32, value: vec4<f32>) {
@@ -150,10 +158,10 @@ ${indent(storeTransposed("left", "stage", "depth", "row", "value"), 2)}
 fn loadWeight(piece: u32, slice: u32, columnBase: u32) -> vec4<f32> {
   let row = slice * DEPTH + piece / BLOCK_QUADS;
   let column = columnBase + (piece % BLOCK_QUADS) * 4u;
-  if (row >= L || column >= params.columns) { return vec4<f32>(); }
-  let offset = row * WEIGHT_STRIDE + params.firstColumn;
+  if (row >= params.L || column >= params.columns) { return vec4<f32>(); }
+  let offset = row * params.weightStride + params.firstColumn;
 ${
-    vectorHead ? "  return weight[(offset + column) / 4u];" : `  let last = params.columns - 1u;
+    vectorized ? "  return weight[(offset + column) / 4u];" : `  let last = params.columns - 1u;
   return vec4<f32>(${
       [0, 1, 2, 3].map((i) =>
         `select(0.0, weight[offset + min(column + ${i}u, last)], column + ${i}u < params.columns)`
@@ -164,25 +172,25 @@ ${
 
 @compute @workgroup_size(${size})
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) t: u32) {
-  let tx = t % SIDE;
-  let ty = t / SIDE;
-  let rowBase = (params.firstTile + workgroup.y) * BLOCK;
-  let columnBase = workgroup.x * BLOCK;
+  let tx = t % TX;
+  let ty = t / TX;
+  let rowBase = (params.firstTile + workgroup.y) * BLOCK_M;
+  let columnBase = workgroup.x * BLOCK_N;
 ${indent(everyResult((c) => `var ${c} = vec4<f32>();`), 2)}
 ${
     indent(
       slicedLoop({
-        slices: `${Math.ceil(L / depth)}u`,
+        slices: "(params.L + DEPTH - 1u) / DEPTH",
         workgroupSize: size,
         numStages,
         operands: [latents, weights],
         compute: (stage) =>
-          unroll(depth, (d) =>
-            `{
-${unroll(quads, (r) => `  let a${r} = left[${stage}][${d}][ty + ${r}u * SIDE];`)}
-${unroll(quads, (c) => `  let b${c} = right[${stage}][${d}][tx + ${c}u * SIDE];`)}
-${indent(outerByColumns("c", names("a"), names("b")), 2)}
-}`),
+          overDepth(depth, tile.unrollDepth, (d) =>
+            `${
+              unroll(rowQuads, (r) => `let a${r} = left[${stage}][${d}][ty + ${r * threadRows}u];`)
+            }
+${unroll(columnQuads, (c) => `let b${c} = right[${stage}][${d}][tx + ${c * threadColumns}u];`)}
+${outerByColumns("c", names("a", rowQuads), names("b", columnQuads))}`),
       }),
       2,
     )
@@ -190,11 +198,11 @@ ${indent(outerByColumns("c", names("a"), names("b")), 2)}
 ${
     everyResult((c, i, q) =>
       `  {
-    let row = rowBase + 4u * (ty + ${Math.floor(i / 4)}u * SIDE) + ${i % 4}u;
-    let column = columnBase + 4u * (tx + ${q}u * SIDE);
+    let row = rowBase + 4u * (ty + ${Math.floor(i / 4) * threadRows}u) + ${i % 4}u;
+    let column = columnBase + 4u * (tx + ${q * threadColumns}u);
     let offset = row * params.columns + column;
 ${
-        vectorHead ? `    if (row < params.rows && column < params.columns) { expanded[offset / 4u] = ${c}; }` : unroll(
+        vectorized ? `    if (row < params.rows && column < params.columns) { expanded[offset / 4u] = ${c}; }` : unroll(
           4,
           (j) =>
             `    if (row < params.rows && column + ${j}u < params.columns) { expanded[offset + ${j}u] = ${c}[${j}]; }`,

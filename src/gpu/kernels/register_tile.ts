@@ -11,6 +11,12 @@ export function unroll(count: number, piece: (index: number) => string): string 
   return Array.from({ length: count }, (_, i) => piece(i)).join("\n");
 }
 
+/** A block of WGSL for each of `count` depth steps, copied out or as a loop. */
+export function overDepth(count: number, unrolled: boolean, step: (depth: string) => string): string {
+  if (!unrolled) return `for (var d = 0u; d < ${count}u; d += 1u) {\n${indent(step("d"), 2)}\n}`;
+  return unroll(count, (d) => `{\n${indent(step(`${d}`), 2)}\n}`);
+}
+
 /** Indents every line of a piece of WGSL. */
 export function indent(text: string, spaces: number): string {
   return text.replace(/^(?=.)/gm, " ".repeat(spaces));
@@ -112,12 +118,13 @@ export function storeTransposed(operand: string, stage: string, depth: string, r
  *
  * @param buffer The storage array's name: of vec4<f32> when `vectorized`, of f32 otherwise.
  * @param offset Element offset of column 0; a multiple of 4 when `vectorized`.
- * @param column First of the four columns; a multiple of 4.
+ * @param column First of the four columns; a multiple of 4, below `width`.
+ * @param width Number of columns.
  */
-export function load4(buffer: string, vectorized: boolean, offset: string, column: string, width: number): string {
+export function load4(buffer: string, vectorized: boolean, offset: string, column: string, width: string): string {
   if (vectorized) return `${buffer}[(${offset} + ${column}) / 4u]`;
   const one = (i: number) =>
-    `select(0.0, ${buffer}[${offset} + min(${column} + ${i}u, ${width - 1}u)], ${column} + ${i}u < ${width}u)`;
+    `select(0.0, ${buffer}[${offset} + min(${column} + ${i}u, ${width} - 1u)], ${column} + ${i}u < ${width})`;
   return `vec4<f32>(${[0, 1, 2, 3].map(one).join(", ")})`;
 }
 

@@ -1,0 +1,62 @@
+/**
+ * Multi-head Latent Attention for TypeScript: WGSL kernels on WebGPU, verified against a plain-TypeScript reference, with
+ * configurations that are measured once and remembered.
+ *
+ * @module
+ */
+
+export { defaultExecutor, FlashMLA, flashMLA, mlaAttention, MlaInvocation } from "./src/flash_mla.ts";
+export type { MlaCall, MlaExecutor, MlaOptions } from "./src/flash_mla.ts";
+
+export { tensor } from "./src/op/tensor.ts";
+export type { Tensor } from "./src/op/tensor.ts";
+export { mlaProblem } from "./src/op/mla_problem.ts";
+export type { MlaInputs, MlaMathOptions, MlaProblem, RopeMode } from "./src/op/mla_problem.ts";
+export type { FlashMLAConfig } from "./src/op/config.ts";
+export { FlashMLAError } from "./src/op/errors.ts";
+export type { FlashMLAErrorCode } from "./src/op/errors.ts";
+export { Backend, Platform } from "./src/op/platform.ts";
+export type { MlaImplementation, MlaTarget, MlaTrial } from "./src/op/implementation.ts";
+
+export { detectPlatform, kernelRegistry } from "./src/platforms.ts";
+export { KernelRegistry } from "./src/registry.ts";
+export type { ImplementationQuery, RegisterOptions, Registration } from "./src/registry.ts";
+
+export { hashJson, Invocation } from "./src/tune/invocation.ts";
+export type { InvocationInit } from "./src/tune/invocation.ts";
+export { Kernel } from "./src/tune/kernel.ts";
+export type { OutputCheck, Trial } from "./src/tune/kernel.ts";
+export { Executor } from "./src/tune/executor.ts";
+export type { Compiled, ExecuteOptions } from "./src/tune/executor.ts";
+export { ConfigSelectorChain } from "./src/tune/selector_chain.ts";
+export type { Choice, ChooseOptions, SelectorChainOptions } from "./src/tune/selector_chain.ts";
+export type { ConfigStore } from "./src/tune/autotune_once.ts";
+export type {
+  AutotuneCandidateEvent,
+  AutotuneFinishEvent,
+  AutotuneJoinEvent,
+  AutotuneStartEvent,
+  ConfigSource,
+  HitEvent,
+  MemoryHitEvent,
+  MissEvent,
+  RejectedEvent,
+  SelectionContext,
+  SelectionDetail,
+  SelectionErrorEvent,
+  SelectionEvent,
+} from "./src/tune/selection_event.ts";
+export { autotunePolicy, policyOverride, ScopedPolicy } from "./src/tune/policy.ts";
+export type { AutotunePolicy, PolicyOwner, PolicySurroundings } from "./src/tune/policy.ts";
+export { Tuner } from "./src/tune/tuner.ts";
+
+export { ConfigCache } from "./src/cache/config_cache.ts";
+export type { CachedConfig } from "./src/cache/config_cache.ts";
+export { overlayCache } from "./src/cache/overlay_cache.ts";
+export type { OverlayEntries } from "./src/cache/overlay_cache.ts";
+export type { CacheEvent } from "./src/cache/cache_event.ts";
+export type { StoreFault } from "./src/cache/kv_session.ts";
+export type { KvOpener, KvStore } from "./src/cache/kv_store.ts";
+export { PersistentCache } from "./src/cache/persistent_cache.ts";
+export type { CacheHealth, PersistentCacheOptions } from "./src/cache/persistent_cache.ts";
+export type { CacheKey, CacheRecord, CandidateTiming } from "./src/cache/cache_record.ts";

@@ -1,0 +1,252 @@
+// The operation as a kernel with configurations: the one place where op, registry, tuning and platforms meet.
+
+import { PersistentCache } from "./cache/persistent_cache.ts";
+import type { FlashMLAConfig } from "./op/config.ts";
+import { FlashMLAError } from "./op/errors.ts";
+import type { MlaImplementation, MlaTarget } from "./op/implementation.ts";
+import { lengthBucket } from "./op/length_bucket.ts";
+import { type MlaInputs, type MlaMathOptions, type MlaProblem, mlaProblem } from "./op/mla_problem.ts";
+import { canonicalPlatform, type Platform } from "./op/platform.ts";
+import type { Tensor } from "./op/tensor.ts";
+import { detectPlatform, kernelRegistry } from "./platforms.ts";
+import { Executor } from "./tune/executor.ts";
+import { Invocation, type InvocationInit } from "./tune/invocation.ts";
+import { Kernel, type OutputCheck, type Trial } from "./tune/kernel.ts";
+import { ConfigSelectorChain } from "./tune/selector_chain.ts";
+import { Tuner } from "./tune/tuner.ts";
+
+/** The options of one call. */
+export interface MlaOptions extends MlaMathOptions {
+  /** Where to run; `auto`, the default, takes WebGPU where there is an adapter and the reference elsewhere. */
+  readonly platform?: Platform | "auto";
+  /** A configuration for this call only; chosen by the executor's chain when absent. */
+  readonly cfg?: FlashMLAConfig;
+  /** What chooses the configuration; {@link defaultExecutor} when absent. */
+  readonly executor?: MlaExecutor;
+  /** The WebGPU device to run on; the process's own, opened on first use, when absent. */
+  readonly device?: GPUDevice;
+}
+
+/** One call of the operation. */
+export interface MlaCall {
+  /** The tensors. */
+  readonly inputs: MlaInputs;
+  /** The options. */
+  readonly options?: MlaOptions;
+}
+
+/** An executor of {@link FlashMLA}. */
+export type MlaExecutor = Executor<MlaCall, FlashMLAConfig, Tensor>;
+
+/** A validated call with the target that it was resolved to. */
+export class MlaInvocation extends Invocation<MlaCall> {
+  /** The call's dimensions. */
+  readonly problem: MlaProblem;
+  /** Where it will run. */
+  readonly target: MlaTarget;
+
+  /**
+   * Made by {@link FlashMLA.prepare}.
+   *
+   * @param init What identifies the call.
+   * @param problem The call's dimensions.
+   * @param target Where it will run.
+   */
+  constructor(init: InvocationInit<MlaCall>, problem: MlaProblem, target: MlaTarget) {
+    super(init);
+    this.problem = problem;
+    this.target = target;
+  }
+}
+
+/** relL2 between a candidate's output and the heuristic's above which the candidate is wrong, not merely rounded. */
+const agreement = 1e-4;
+
+/** Multi-head Latent Attention as a {@link Kernel}: ejkernel's `FlashMLA` on WebGPU and plain TypeScript. */
+export class FlashMLA extends Kernel<MlaCall, FlashMLAConfig, Tensor> {
+  /** Operation name, part of every cache key. */
+  readonly opId = "flash_mla";
+  /** Raised when old measurements stop being valid. */
+  readonly version = "1";
+
+  /**
+   * The implementation that a configuration is for.
+   *
+   * @param cfg A configuration; its platform and backend are looked up.
+   * @returns The registered implementation of highest priority.
+   * @throws {FlashMLAError} With code `unsupported-platform`, listing what is registered.
+   */
+  getImpl(cfg: Pick<FlashMLAConfig, "platform" | "backend">): MlaImplementation {
+    return kernelRegistry.get(this.opId, { platform: cfg.platform, backend: cfg.backend });
+  }
+
+  /**
+   * Validates a call, finds its platform and opens its device.
+   *
+   * @param call The call.
+   * @returns The call with its keys, its dimensions and its target.
+   * @throws {FlashMLAError} When the call is malformed or its platform is not to be had.
+   */
+  override async prepare(call: MlaCall): Promise<MlaInvocation> {
+    const { inputs, options = {} } = call;
+    const problem = mlaProblem(inputs, options);
+    const asked = options.platform ?? "auto";
+    const platform = asked === "auto" && options.cfg !== undefined
+      ? options.cfg.platform
+      : await detectPlatform(this.opId, asked);
+    const target = await kernelRegistry.get(this.opId, { platform }).open(options.device);
+    const { cuSeqlens, ...dimensions } = problem;
+    return new MlaInvocation(
+      {
+        opId: this.opId,
+        version: this.version,
+        call,
+        device: target.fingerprint,
+        signature: { dtype: "f32", ...dimensions, sequences: cuSeqlens === null ? null : cuSeqlens.length - 1 },
+        bucket: lengthBucket(problem),
+      },
+      problem,
+      target,
+    );
+  }
+
+  /**
+   * Checks a configuration against a call and its device.
+   *
+   * @param invocation A prepared call.
+   * @param cfg The configuration.
+   * @throws {FlashMLAError} With code `invalid-config`, naming the limit and the value.
+   */
+  override checkCfg(invocation: Invocation<MlaCall>, cfg: FlashMLAConfig): void {
+    const { problem, target } = prepared(invocation);
+    if (typeof cfg !== "object" || cfg === null) {
+      throw new FlashMLAError("invalid-config", `Cannot use cfg: expected a FlashMLAConfig, got ${String(cfg)}`);
+    }
+    if (canonicalPlatform(cfg.platform) !== canonicalPlatform(target.platform)) {
+      throw new FlashMLAError(
+        "invalid-config",
+        `Cannot use cfg: it is for platform "${cfg.platform}", the call runs on "${target.platform}"`,
+      );
+    }
+    const reason = target.whyInvalid(problem, cfg);
+    if (reason !== null) {
+      throw new FlashMLAError("invalid-config", `Cannot use cfg on ${target.description}: ${reason}`);
+    }
+  }
+
+  /**
+   * Runs a call.
+   *
+   * @param invocation A prepared call.
+   * @param cfg A configuration that {@link FlashMLA.checkCfg} accepts.
+   * @returns The attention output, `[batch, queryLength, queryHeads, vHeadDim]`.
+   */
+  override async run(invocation: Invocation<MlaCall>, cfg: FlashMLAConfig): Promise<Tensor> {
+    const { problem, target, call } = prepared(invocation);
+    this.checkCfg(invocation, cfg);
+    return await target.run(problem, call.inputs, cfg);
+  }
+
+  /** A good configuration without measuring: by the number of workgroups that a problem gives each tile. */
+  override heuristicCfg(invocation: Invocation<MlaCall>): FlashMLAConfig {
+    const { problem, target } = prepared(invocation);
+    return target.heuristicCfg(problem);
+  }
+
+  /** The configurations worth measuring on the call's device, the heuristic's first. */
+  override candidateCfgs(invocation: Invocation<MlaCall>): readonly FlashMLAConfig[] {
+    const { problem, target } = prepared(invocation);
+    return target.candidateCfgs(problem);
+  }
+
+  /** Compiles a candidate and uploads the call's own inputs. */
+  override trial(invocation: Invocation<MlaCall>, cfg: FlashMLAConfig): Promise<Trial<Tensor>> {
+    const { problem, target, call } = prepared(invocation);
+    return target.trial(problem, call.inputs, cfg);
+  }
+
+  /** Milliseconds of known work on the call's device; null where only the host clock is to be had. */
+  override probe(invocation: Invocation<MlaCall>): Promise<number | null> {
+    return prepared(invocation).target.probe();
+  }
+
+  /** Compares outputs by ‖candidate − best‖ / ‖best‖; non-finite elements must stand in the same places. */
+  override compare(candidate: Tensor, best: Tensor): OutputCheck {
+    let difference = 0;
+    let norm = 0;
+    for (let i = 0; i < best.data.length; i++) {
+      const expected = best.data[i];
+      const got = candidate.data[i];
+      if (Number.isFinite(expected) !== Number.isFinite(got)) {
+        return { ok: false, detail: `element ${i} is ${got} where the best known output has ${expected}` };
+      }
+      if (!Number.isFinite(expected)) continue;
+      difference += (got - expected) ** 2;
+      norm += expected ** 2;
+    }
+    const error = norm === 0 ? Math.sqrt(difference) : Math.sqrt(difference / norm);
+    return { ok: error <= agreement, detail: `relL2 ${error.toExponential(2)} against the best known output` };
+  }
+}
+
+function prepared(invocation: Invocation<MlaCall>): MlaInvocation {
+  if (invocation instanceof MlaInvocation) return invocation;
+  throw new FlashMLAError("invalid-input", "Cannot use the invocation: FlashMLA.prepare must have made it");
+}
+
+/** The operation, as {@link mlaAttention} runs it. */
+export const flashMLA: FlashMLA = new FlashMLA();
+
+let shared: MlaExecutor | null = null;
+
+/**
+ * The executor of calls that bring none: ejkernel's tuner settings (5 warm-ups, 100 iterations, bounded by time), and the
+ * persistent cache "mla". Made on first use, so that the environment is read then.
+ *
+ * @returns The same executor every time.
+ */
+export function defaultExecutor(): MlaExecutor {
+  return shared ??= new Executor(
+    new ConfigSelectorChain({
+      tuner: new Tuner({ warmup: 5, iters: 100 }),
+      persistent: new PersistentCache<FlashMLAConfig>("mla"),
+    }),
+  );
+}
+
+/**
+ * Multi-head Latent Attention (MLA, DeepSeek-V2, https://arxiv.org/abs/2405.04434): keys and values are rebuilt from
+ * latent rows, then softmax attention runs over them.
+ *
+ * ```text
+ * K = c·wKc   V = c·wVc   score = softmaxScale · (q_nope·K + q_rope·bK)   output = softmax(score) · V
+ * ```
+ *
+ * The first call for a kind of shape measures which tile configuration is fastest on this device and remembers it; see
+ * {@link ConfigSelectorChain}. The caller's tensors are read, never written. A query that sees no key gives a zero row.
+ *
+ * @param inputs The tensors; see {@link MlaInputs} for their shapes.
+ * @param options Mask, scale, platform and configuration.
+ * @returns The output, `[batch, queryLength, queryHeads, vHeadDim]`, in a new array.
+ * @throws {FlashMLAError} When shapes disagree (`invalid-input`), the platform is not to be had
+ * (`unsupported-platform`), the configuration cannot run (`invalid-config`), the problem passes a limit of the device
+ * (`limit`), or the device fails (`device`).
+ *
+ * @example Eight tokens, two heads
+ * ```ts
+ * import { mlaAttention } from "@flash-mla/webgpu";
+ *
+ * const ones = (...shape: number[]) => ({ data: new Float32Array(shape.reduce((a, b) => a * b)).fill(1), shape });
+ * const output = await mlaAttention({
+ *   query: ones(1, 8, 2, 16),
+ *   keyValue: ones(1, 8, 4),
+ *   wKc: ones(4, 2, 16),
+ *   wVc: ones(4, 2, 32),
+ * }, { causal: true, platform: "reference" });
+ * console.log(output.shape); // [1, 8, 2, 32]
+ * ```
+ */
+export async function mlaAttention(inputs: MlaInputs, options: MlaOptions = {}): Promise<Tensor> {
+  const executor = options?.executor ?? defaultExecutor();
+  return await executor.run(flashMLA, { inputs, options }, { cfg: options?.cfg });
+}

@@ -1,0 +1,112 @@
+// Which configurations are worth measuring, in the order in which they won on an H100 (bench/NOTES.md).
+
+import type { FlashMLAConfig } from "../op/config.ts";
+import { ceilPowerOfTwo, longestSequence } from "../op/length_bucket.ts";
+import type { MlaProblem } from "../op/mla_problem.ts";
+import { whyInvalid } from "./attention_plan.ts";
+import type { Capabilities } from "./capabilities.ts";
+
+type Tiling = Pick<FlashMLAConfig, "blockQ" | "blockK" | "numWarps" | "rowsPerThread">;
+type Staging = Pick<FlashMLAConfig, "numStages" | "blockDepth" | "probKeys">;
+
+const tiling = (blockQ: number, blockK: number, numWarps: number, rowsPerThread: number): Tiling => ({
+  blockQ,
+  blockK,
+  numWarps,
+  rowsPerThread,
+});
+
+const staging = (numStages: number, blockDepth: number, probKeys: number): Staging => ({
+  numStages,
+  blockDepth,
+  probKeys,
+});
+
+/** ejkernel's three pairs (64², 128², 256²) and what lies between and below them. */
+const gpuTilings: readonly Tiling[] = [
+  tiling(128, 128, 8, 8),
+  tiling(64, 128, 8, 4),
+  tiling(64, 128, 4, 8),
+  tiling(128, 128, 16, 4),
+  tiling(64, 64, 4, 4),
+  tiling(256, 256, 16, 8),
+  tiling(32, 64, 4, 4),
+  tiling(32, 32, 2, 4),
+  tiling(16, 32, 1, 4),
+];
+
+/**
+ * For adapters that run on the CPU. There every load from workgroup memory is a gather, so large register tiles win, and
+ * compile time grows faster than the unrolled code, so slices are short.
+ */
+const softwareTilings: readonly Tiling[] = [
+  tiling(64, 64, 2, 8),
+  tiling(32, 32, 2, 4),
+  tiling(128, 128, 8, 8),
+  tiling(256, 256, 16, 8),
+];
+
+/** How slices are staged, best first; each tiling takes the first ones that fit its device. */
+const gpuStagings: readonly Staging[] = [
+  staging(2, 8, 2),
+  staging(1, 16, 1),
+  staging(1, 16, 2),
+  staging(2, 8, 1),
+  staging(1, 8, 1),
+  staging(1, 4, 1),
+];
+
+const softwareStagings: readonly Staging[] = [staging(1, 4, 1)];
+
+/** Stagings that are tried of one tiling. */
+const stagingsPerTiling = 2;
+
+/** Side of the expansion tile: the largest that the columns of one head group fill. */
+function expandBlock(problem: MlaProblem): number {
+  const columns = problem.kvHeads * Math.min(problem.qkNopeHeadDim, problem.vHeadDim);
+  const rows = ceilPowerOfTwo(problem.batch * problem.keyLength);
+  return [128, 64].find((block) => columns >= block && rows >= block) ?? 32;
+}
+
+/**
+ * The configurations worth measuring on a device, for all problems whose lengths fall in the same powers of two.
+ *
+ * @returns Valid configurations, best guess first; never empty on a device that keeps WebGPU's default limits.
+ */
+export function candidateConfigs(problem: MlaProblem, capabilities: Capabilities): FlashMLAConfig[] {
+  const rows = ceilPowerOfTwo(longestSequence(problem));
+  const [tilings, stagings] = capabilities.software ? [softwareTilings, softwareStagings] : [gpuTilings, gpuStagings];
+  const found: FlashMLAConfig[] = [];
+  for (const tile of tilings) {
+    // A tile that is mostly padding is not worth its compile time; the smallest one stays for every problem.
+    if (tile.blockQ > 32 && tile.blockQ >= 2 * rows) continue;
+    const fitting = stagings
+      .map((stages): FlashMLAConfig => ({
+        ...tile,
+        ...stages,
+        unrollDepth: true,
+        expandBlock: expandBlock(problem),
+        platform: "webgpu",
+        backend: "gpu",
+      }))
+      .filter((config) => whyInvalid(config, problem, capabilities.limits) === null);
+    found.push(...fitting.slice(0, stagingsPerTiling));
+  }
+  const best = found.indexOf(bestGuess(found, problem, capabilities));
+  return [...found.splice(best, 1), ...found];
+}
+
+/** Workgroups that keep a large card busy: below them, smaller query blocks win. */
+const wantedWorkgroups = 256;
+
+/** The first tile in merit order that gives a GPU enough workgroups. */
+function bestGuess(
+  configs: readonly FlashMLAConfig[],
+  problem: MlaProblem,
+  capabilities: Capabilities,
+): FlashMLAConfig {
+  const last = configs[configs.length - 1];
+  if (capabilities.software) return configs[0];
+  const rows = ceilPowerOfTwo(problem.batch * problem.queryLength);
+  return configs.find(({ blockQ }) => problem.queryHeads * rows / blockQ >= wantedWorkgroups) ?? last;
+}

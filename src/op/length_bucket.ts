@@ -1,0 +1,32 @@
+// Lengths as far as tuning looks at them: up to the next power of two.
+
+import type { MlaProblem } from "./mla_problem.ts";
+
+/** The smallest power of two that is not below `n`; 0 for 0. */
+export function ceilPowerOfTwo(n: number): number {
+  return n === 0 ? 0 : 2 ** Math.ceil(Math.log2(n));
+}
+
+/** Query rows of the longest sequence. */
+export function longestSequence({ queryLength, cuSeqlens }: MlaProblem): number {
+  if (cuSeqlens === null) return queryLength;
+  return cuSeqlens.reduce((longest, end, i) => Math.max(longest, end - cuSeqlens[Math.max(i - 1, 0)]), 0);
+}
+
+/**
+ * All that decides which configuration is best, in one readable line: head dimensions as they are, lengths and counts of
+ * sequences rounded up to powers of two.
+ */
+export function lengthBucket(problem: MlaProblem): string {
+  const { batch, queryLength, keyLength, queryHeads, kvHeads, cuSeqlens } = problem;
+  const { kvLoraRank, qkNopeHeadDim, qkRopeHeadDim, vHeadDim, rope, causal } = problem;
+  const sequences = cuSeqlens === null
+    ? ""
+    : ` in ${ceilPowerOfTwo(cuSeqlens.length - 1)} of ${ceilPowerOfTwo(longestSequence(problem))}`;
+  return [
+    `f32 B${ceilPowerOfTwo(batch)} Sq${ceilPowerOfTwo(queryLength)} Sk${ceilPowerOfTwo(keyLength)}${sequences}`,
+    `Hq${queryHeads} Hkv${kvHeads} L${kvLoraRank} P${qkNopeHeadDim} R${qkRopeHeadDim} V${vHeadDim}`,
+    `rope ${rope}`,
+    causal ? "causal" : "full",
+  ].join(", ");
+}

@@ -1,0 +1,106 @@
+import { FlashMLAError } from "../op/errors.ts";
+import { messageOf } from "./descent.ts";
+import type { Invocation } from "./invocation.ts";
+import type { Kernel } from "./kernel.ts";
+import { type Choice, ConfigSelectorChain } from "./selector_chain.ts";
+
+/** What a call may say about its configuration. */
+export interface ExecuteOptions<Cfg> {
+  /** The configuration to use, for this call only; chosen by the chain when absent. */
+  readonly cfg?: Cfg;
+}
+
+/** A call with its configuration decided. */
+export type Compiled<Call, Out> = (call: Call) => Promise<Out>;
+
+/**
+ * Runs an operation under the configuration that a selector chain chooses.
+ *
+ * @typeParam Call The call's tensors and options.
+ * @typeParam Cfg The configuration.
+ * @typeParam Out The result.
+ */
+export class Executor<Call, Cfg, Out> {
+  /** What chooses. */
+  readonly chain: ConfigSelectorChain<Call, Cfg, Out>;
+
+  /**
+   * Makes an executor over a chain.
+   *
+   * @param chain What chooses. Default: a chain with its defaults.
+   */
+  constructor(chain: ConfigSelectorChain<Call, Cfg, Out> = new ConfigSelectorChain()) {
+    this.chain = chain;
+  }
+
+  /**
+   * Chooses a configuration and runs the call under it.
+   *
+   * @param kernel The operation.
+   * @param call The call.
+   * @param options An explicit configuration.
+   * @returns The result.
+   * @throws {FlashMLAError} When the call is malformed, no configuration can be had, or the device fails.
+   */
+  async run(kernel: Kernel<Call, Cfg, Out>, call: Call, options: ExecuteOptions<Cfg> = {}): Promise<Out> {
+    const { invocation, choice } = await this.#choose(kernel, call, options);
+    return await kernel.run(invocation, choice.cfg);
+  }
+
+  /**
+   * Chooses the configuration that a call would run under, measuring if need be, and runs nothing.
+   *
+   * @param kernel The operation.
+   * @param call The call.
+   * @param options An explicit configuration.
+   * @returns The configuration and the level of the chain that gave it.
+   * @throws {FlashMLAError} When the call is malformed or no configuration can be had.
+   */
+  async choose(kernel: Kernel<Call, Cfg, Out>, call: Call, options: ExecuteOptions<Cfg> = {}): Promise<Choice<Cfg>> {
+    return (await this.#choose(kernel, call, options)).choice;
+  }
+
+  /**
+   * Chooses a configuration once, for calls like an example. Later calls pass the chain by, so that the configuration stays
+   * what it is; calls of other shapes may use it as long as their problem can run it.
+   *
+   * @param kernel The operation.
+   * @param exampleCall A call of the shapes to choose for.
+   * @param options An explicit configuration.
+   * @returns A function that runs a call under that configuration, and throws a {@link FlashMLAError} with code
+   * `invalid-config` for a call that cannot run under it.
+   * @throws {FlashMLAError} When the example is malformed or no configuration can be had.
+   */
+  async compile(
+    kernel: Kernel<Call, Cfg, Out>,
+    exampleCall: Call,
+    options: ExecuteOptions<Cfg> = {},
+  ): Promise<Compiled<Call, Out>> {
+    const { invocation: example, choice } = await this.#choose(kernel, exampleCall, options);
+    return async (call) => {
+      const invocation = await kernel.prepare(call);
+      try {
+        kernel.checkCfg(invocation, choice.cfg);
+      } catch (error) {
+        throw new FlashMLAError(
+          "invalid-config",
+          `Cannot run a call of ${invocation.bucket} under the configuration compiled for ${example.bucket}: ` +
+            messageOf(error),
+          { cause: error },
+        );
+      }
+      return await kernel.run(invocation, choice.cfg);
+    };
+  }
+
+  async #choose(
+    kernel: Kernel<Call, Cfg, Out>,
+    call: Call,
+    options: ExecuteOptions<Cfg>,
+  ): Promise<{ readonly invocation: Invocation<Call>; readonly choice: Choice<Cfg> }> {
+    // Read before anything is awaited: a scope may close while the call is being prepared.
+    const policy = this.chain.policy;
+    const invocation = await kernel.prepare(call);
+    return { invocation, choice: await this.chain.choose(invocation, kernel, { ...options, policy }) };
+  }
+}

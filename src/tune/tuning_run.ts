@@ -1,0 +1,226 @@
+// One tuning: every candidate made ready and checked, then timed against the others in rounds.
+
+import type { CacheRecord, CandidateTiming } from "../cache/cache_record.ts";
+import { FlashMLAError } from "../op/errors.ts";
+import { ClockProbe } from "./clock_probe.ts";
+import { type ClockGrain, Contender, type TimingLimits } from "./contender.ts";
+import { messageOf } from "./descent.ts";
+import type { Invocation } from "./invocation.ts";
+import type { Kernel } from "./kernel.ts";
+import { LIBRARY_VERSION } from "./library_version.ts";
+
+/** The bounds of one tuning. */
+export interface TuningLimits extends TimingLimits {
+  /** Milliseconds for all candidates together, compilation included. */
+  readonly totalBudgetMs: number;
+  /** How many candidates compile at the same time. */
+  readonly parallelTrials: number;
+}
+
+/** The reason recorded for a candidate that there was no time for. */
+export const TIME_BUDGET = "time budget";
+
+// New candidates are admitted during this part of the total budget; what is left is for timing those that were.
+const ADMISSION_SHARE = 0.7;
+// A candidate leaves the race once the shortest of so many samples is so many times the best median: the shortest, since a
+// single disturbance must not cost a good candidate its place.
+const DROP_RULES = [{ samples: 2, ratio: 2 }, { samples: 8, ratio: 1.25 }];
+// One candidate left over has nobody to be compared with: a few samples give its time.
+const SAMPLES_ALONE = 3;
+
+/** The result that others are checked against, and how long it took to compute. */
+interface Reference<Out> {
+  readonly output: Out;
+  readonly tookMs: number;
+}
+
+/** One tuning of one kernel for one invocation. The first candidate is the heuristic's, against which others are checked. */
+export class TuningRun<Call, Cfg, Out> {
+  readonly #kernel: Kernel<Call, Cfg, Out>;
+  readonly #invocation: Invocation<Call>;
+  readonly #limits: TuningLimits;
+  readonly #report: (timing: CandidateTiming<Cfg>) => void;
+  readonly #all: readonly Contender<Cfg, Out>[];
+  readonly #reported: Set<Contender<Cfg, Out>> = new Set();
+  readonly #probe: ClockProbe;
+  readonly #start: number;
+  #racing: Contender<Cfg, Out>[] = [];
+
+  /**
+   * Begins a tuning; its time counts from here.
+   *
+   * @param kernel The operation.
+   * @param invocation The call that is tuned for.
+   * @param candidates The configurations, the heuristic's first.
+   * @param limits The bounds.
+   * @param report Hears of every candidate once, when its result is known.
+   */
+  constructor(
+    kernel: Kernel<Call, Cfg, Out>,
+    invocation: Invocation<Call>,
+    candidates: readonly Cfg[],
+    limits: TuningLimits,
+    report: (timing: CandidateTiming<Cfg>) => void,
+  ) {
+    const grain: ClockGrain = { ms: 0 };
+    this.#kernel = kernel;
+    this.#invocation = invocation;
+    this.#limits = limits;
+    this.#report = report;
+    this.#all = candidates.map((cfg) => new Contender<Cfg, Out>(cfg, limits, grain));
+    this.#probe = new ClockProbe(() => kernel.probe(invocation));
+    this.#start = limits.now();
+  }
+
+  /**
+   * Tunes.
+   *
+   * @returns The winner and how every candidate fared.
+   * @throws {FlashMLAError} With code `device` when the device is lost, `no-config` when every candidate was rejected.
+   */
+  async record(): Promise<CacheRecord<Cfg>> {
+    try {
+      await this.#admit();
+      await this.#warmUp();
+      await this.#timeInRounds();
+      for (const contender of this.#all) this.#finish(contender);
+    } finally {
+      for (const contender of this.#all) contender.release();
+    }
+    const timings = this.#all.map((contender) => contender.timing(this.#probe));
+    const timed = this.#all.filter((contender) => contender.samples > 0);
+    if (timed.length === 0) throw this.#nothingRan();
+    const winner = timed.reduce((best, next) => next.medianMs(this.#probe) < best.medianMs(this.#probe) ? next : best);
+    return {
+      cfg: winner.cfg,
+      timings,
+      timingMethod: winner.timingMethod,
+      libraryVersion: LIBRARY_VERSION,
+      date: new Date().toISOString(),
+    };
+  }
+
+  /** Compiles the candidates, a few at a time, and checks each one's output against that of the first that runs. */
+  async #admit(): Promise<void> {
+    const { totalBudgetMs, parallelTrials } = this.#limits;
+    let reference: Reference<Out> | null = null;
+    for (let next = 0; next < this.#all.length; next += parallelTrials) {
+      const batch = this.#all.slice(next, next + parallelTrials);
+      if (reference === null || this.#elapsed() < totalBudgetMs * ADMISSION_SHARE) {
+        await Promise.all(batch.map((contender) => contender.prepare(this.#kernel, this.#invocation)));
+      } else {
+        batch.forEach((contender) => contender.reject(TIME_BUDGET));
+      }
+      for (const contender of batch) {
+        // Checked only if the check will probably be over in time: on a software adapter it takes seconds.
+        if (reference !== null && this.#elapsed() + reference.tookMs >= totalBudgetMs) contender.reject(TIME_BUDGET);
+        if (contender.rejected === null) reference = await this.#check(contender, reference);
+        if (contender.rejected === null) this.#racing.push(contender);
+        else this.#finish(contender);
+      }
+    }
+  }
+
+  /** Checks a candidate's output; the first one that runs becomes the reference. */
+  async #check(contender: Contender<Cfg, Out>, reference: Reference<Out> | null): Promise<Reference<Out> | null> {
+    const start = this.#elapsed();
+    try {
+      const output = await contender.output();
+      if (reference === null) return { output, tookMs: this.#elapsed() - start };
+      const { ok, detail } = this.#kernel.compare(output, reference.output);
+      if (!ok) contender.reject(`wrong output: ${detail}`);
+    } catch (error) {
+      contender.fail(error);
+    }
+    return reference;
+  }
+
+  async #warmUp(): Promise<void> {
+    for (const contender of [...this.#racing]) {
+      if (this.#late(contender)) this.#leave(contender, TIME_BUDGET);
+      else await this.#attempt(contender, () => contender.warmUp());
+    }
+  }
+
+  /** Each round takes one sample of every candidate, starting one further on, so that none always follows the same one. */
+  async #timeInRounds(): Promise<void> {
+    await this.#probe.read();
+    for (let round = 0;; round++) {
+      const due = this.#racing.filter((contender) => !contender.done);
+      if (due.length === 0) break;
+      if (this.#racing.length === 1 && due[0].samples >= SAMPLES_ALONE) break;
+      const first = round % due.length;
+      for (const contender of [...due.slice(first), ...due.slice(0, first)]) {
+        if (this.#late(contender)) break;
+        await this.#attempt(contender, () => contender.sample(this.#probe));
+      }
+      if (this.#elapsed() >= this.#limits.totalBudgetMs) break;
+      this.#dropSlow();
+    }
+    for (const contender of [...this.#racing]) {
+      if (contender.samples === 0) this.#leave(contender, TIME_BUDGET);
+    }
+  }
+
+  /** Whether the total budget is spent. The leading candidate is always given its first sample. */
+  #late(contender: Contender<Cfg, Out>): boolean {
+    const owed = contender === this.#racing[0] && contender.samples === 0;
+    return !owed && this.#elapsed() >= this.#limits.totalBudgetMs;
+  }
+
+  #dropSlow(): void {
+    const best = Math.min(...this.#racing.map((contender) => contender.medianMs(this.#probe)));
+    for (const contender of [...this.#racing]) {
+      const shortest = contender.shortestMs(this.#probe);
+      const slow = DROP_RULES.some(({ samples, ratio }) => contender.samples >= samples && shortest > ratio * best);
+      if (slow) this.#leave(contender);
+    }
+  }
+
+  /** Runs a step of a candidate; what it throws rejects the candidate, unless no other can run either. */
+  async #attempt(contender: Contender<Cfg, Out>, step: () => Promise<void>): Promise<void> {
+    try {
+      await step();
+    } catch (error) {
+      if (isDeviceError(error)) await this.#checkDevice(contender, error);
+      contender.fail(error);
+      this.#leave(contender);
+    }
+  }
+
+  async #checkDevice(failed: Contender<Cfg, Out>, error: unknown): Promise<void> {
+    const other = this.#racing.find((contender) => contender !== failed) ?? failed;
+    await other.output().catch(() => {
+      throw new FlashMLAError("device", `Cannot tune ${this.#invocation.op}: ${messageOf(error)}`, { cause: error });
+    });
+  }
+
+  #leave(contender: Contender<Cfg, Out>, reason?: string): void {
+    if (reason !== undefined) contender.reject(reason);
+    this.#racing = this.#racing.filter((other) => other !== contender);
+    this.#finish(contender);
+  }
+
+  #finish(contender: Contender<Cfg, Out>): void {
+    contender.release();
+    if (this.#reported.has(contender)) return;
+    this.#reported.add(contender);
+    this.#report(contender.timing(this.#probe));
+  }
+
+  #nothingRan(): FlashMLAError {
+    const failed = this.#all.filter((contender) => contender.rejected !== TIME_BUDGET);
+    const lost = failed.length > 0 && failed.every((contender) => isDeviceError(contender.failure));
+    const reasons = [...new Set(this.#all.map((contender) => contender.rejected))].join("; ");
+    const message = `Cannot tune ${this.#invocation.op}: all ${this.#all.length} candidates were rejected: ${reasons}`;
+    return new FlashMLAError(lost ? "device" : "no-config", message, { cause: failed[0]?.failure });
+  }
+
+  #elapsed(): number {
+    return this.#limits.now() - this.#start;
+  }
+}
+
+function isDeviceError(error: unknown): boolean {
+  return error instanceof FlashMLAError && error.code === "device";
+}

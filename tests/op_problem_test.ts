@@ -1,0 +1,321 @@
+import { describe, test } from "node:test";
+import { assertEquals, assertInstanceOf, assertStringIncludes, assertThrows } from "@std/assert";
+import { FlashMLAError } from "../src/op/errors.ts";
+import { type MlaInputs, type MlaMathOptions, mlaProblem, outputShape } from "../src/op/mla_problem.ts";
+import { elementCount, type Tensor, tensor } from "../src/op/tensor.ts";
+
+/** Zeros of a shape. */
+function zeros(...shape: number[]): Tensor {
+  return { data: new Float32Array(elementCount(shape)), shape };
+}
+
+// B 2, Sq 5, Sk 7, Hq 6, Hkv 3, L 8, P 4, R 2, V 9: no two axes of one tensor alike.
+const good = {
+  query: zeros(2, 5, 6, 4 + 2),
+  keyValue: zeros(2, 7, 8),
+  wKc: zeros(8, 3, 4),
+  wVc: zeros(8, 3, 9),
+  bK: zeros(2, 7, 2),
+};
+const sharedRope = { ...good, query: zeros(2, 5, 6, 4), bQ: zeros(2, 5, 2) };
+const packed = { query: zeros(1, 5, 6, 4), keyValue: zeros(1, 5, 8), wKc: good.wKc, wVc: good.wVc };
+
+describe("mlaProblem()", () => {
+  test("names every dimension", () => {
+    assertEquals(mlaProblem(good, { causal: true, softmaxScale: 0.25 }), {
+      batch: 2,
+      queryLength: 5,
+      keyLength: 7,
+      queryHeads: 6,
+      kvHeads: 3,
+      kvLoraRank: 8,
+      qkNopeHeadDim: 4,
+      qkRopeHeadDim: 2,
+      vHeadDim: 9,
+      rope: "in_query",
+      causal: true,
+      softmaxScale: 0.25,
+      cuSeqlens: null,
+    });
+  });
+
+  test("defaults to no causal mask and a scale of 1/√(P + R)", () => {
+    const { causal, softmaxScale } = mlaProblem(good);
+    assertEquals({ causal, softmaxScale }, { causal: false, softmaxScale: 1 / Math.sqrt(6) });
+  });
+
+  test("tells the three rope modes apart", () => {
+    const { bK: _, ...none } = { ...good, query: zeros(2, 5, 6, 4) };
+    const modes = [none, good, sharedRope].map((inputs) => mlaProblem(inputs).rope);
+    assertEquals(modes, ["none", "in_query", "shared"]);
+  });
+
+  test("takes rotary tensors of width 0 as no rope", () => {
+    const query = zeros(2, 5, 6, 4);
+    const { rope, qkRopeHeadDim, softmaxScale } = mlaProblem({ ...good, query, bK: zeros(2, 7, 0) });
+    assertEquals({ rope, qkRopeHeadDim, softmaxScale }, { rope: "none", qkRopeHeadDim: 0, softmaxScale: 0.5 });
+    assertEquals(mlaProblem({ ...good, query, bQ: zeros(2, 5, 0), bK: zeros(2, 7, 0) }).rope, "none");
+  });
+
+  test("accepts batches and sequences of length 0", () => {
+    const empty = { ...good, query: zeros(0, 5, 6, 6), keyValue: zeros(0, 7, 8), bK: zeros(0, 7, 2) };
+    assertEquals(outputShape(mlaProblem(empty)), [0, 5, 6, 9]);
+    assertEquals(outputShape(mlaProblem({ ...good, query: zeros(2, 0, 6, 6) })), [2, 0, 6, 9]);
+    assertEquals(outputShape(mlaProblem({ ...good, keyValue: zeros(2, 0, 8), bK: zeros(2, 0, 2) })), [2, 5, 6, 9]);
+  });
+
+  test("copies packed offsets of each type, so that later writes to them change nothing", () => {
+    const offsets = Int32Array.of(0, 2, 2, 5);
+    const problem = mlaProblem({ ...packed, cuSeqlens: offsets });
+    offsets.fill(-1);
+    assertEquals(problem.cuSeqlens, [0, 2, 2, 5]);
+    assertEquals(mlaProblem({ ...packed, cuSeqlens: Uint32Array.of(0, 5) }).cuSeqlens, [0, 5]);
+    assertEquals(mlaProblem({ ...packed, cuSeqlens: [0, 5] }).cuSeqlens, [0, 5]);
+  });
+
+  test("accepts no packed sequence at all", () => {
+    const nothing = { ...packed, query: zeros(1, 0, 6, 4), keyValue: zeros(1, 0, 8), cuSeqlens: [0] };
+    assertEquals(mlaProblem(nothing).cuSeqlens, [0]);
+  });
+});
+
+/** Bad calls: what differs from the good one, and what the message must say. */
+const refusals: [title: string, inputs: object, options: object, message: string][] = [
+  // Something that is no tensor.
+  ["a missing query", { ...good, query: undefined }, {}, "query is missing; expected a tensor [batch, queryLength"],
+  ["a missing keyValue", { ...good, keyValue: undefined }, {}, "keyValue is missing; expected a tensor [batch, keyL"],
+  ["a missing wKc", { ...good, wKc: undefined }, {}, "wKc is missing; expected a tensor [kvLoraRank, kvHeads, qk"],
+  ["a missing wVc", { ...good, wVc: undefined }, {}, "wVc is missing; expected a tensor [kvLoraRank, kvHeads, v"],
+  [
+    "a null query",
+    { ...good, query: null },
+    {},
+    "query as a tensor: expected { data: Float32Array, shape: number[] }, ",
+  ],
+  [
+    "a null bK",
+    { ...good, bK: null },
+    {},
+    "bK as a tensor: expected { data: Float32Array, shape: number[] }, got null",
+  ],
+  ["a bare array", { ...good, wKc: new Float32Array(96) }, {}, "wKc as a tensor: expected { data: Float32Array, sh"],
+  ["a number", { ...good, wVc: 3 }, {}, "wVc as a tensor: expected { data: Float32Array, shape: number[] }, got 3"],
+  [
+    "Float64Array data",
+    { ...good, keyValue: { data: new Float64Array(112), shape: [2, 7, 8] } },
+    {},
+    "keyValue as a tensor: data must be a Float32Array, got Float64Array",
+  ],
+  [
+    "data in a plain array",
+    { ...good, bK: { data: Array(28).fill(0), shape: [2, 7, 2] } },
+    {},
+    "bK as a tensor: data must be a Float32Array, got an array of 28",
+  ],
+  [
+    "too few data",
+    { ...good, wKc: { data: new Float32Array(95), shape: [8, 3, 4] } },
+    {},
+    "wKc as a tensor: shape [8,3,4] needs 96 elements, data has 95",
+  ],
+  [
+    "a negative axis",
+    { ...good, wKc: { data: new Float32Array(0), shape: [8, -3, 4] } },
+    {},
+    "wKc as a tensor: shape [8,-3,4] must hold non-negative integers, got -3",
+  ],
+  [
+    "a fractional axis",
+    { ...good, wKc: { data: new Float32Array(4), shape: [8, 0.5, 1] } },
+    {},
+    "wKc as a tensor: shape [8,0.5,1] must hold non-negative integers, got 0.5",
+  ],
+
+  // A wrong number of axes.
+  [
+    "query of rank 3",
+    { ...good, query: zeros(5, 6, 6) },
+    {},
+    "query must have 4 axes [batch, queryLength, queryHeads, h",
+  ],
+  ["query of rank 5", { ...good, query: zeros(1, 2, 5, 6, 6) }, {}, "headDim], got shape [1, 2, 5, 6, 6]"],
+  [
+    "keyValue of rank 4",
+    { ...good, keyValue: zeros(2, 7, 1, 8) },
+    {},
+    "keyValue must have 3 axes [batch, keyLength, k",
+  ],
+  ["wKc of rank 2", { ...good, wKc: zeros(8, 12) }, {}, "wKc must have 3 axes [kvLoraRank, kvHeads, qkNopeHeadDim], g"],
+  [
+    "wVc of rank 2",
+    { ...good, wVc: zeros(8, 27) },
+    {},
+    "wVc must have 3 axes [kvLoraRank, kvHeads, vHeadDim], got sha",
+  ],
+  [
+    "bK of rank 4",
+    { ...good, bK: zeros(2, 7, 1, 2) },
+    {},
+    "bK must have 3 axes [batch, keyLength, qkRopeHeadDim], got s",
+  ],
+  [
+    "bQ of rank 4",
+    { ...sharedRope, bQ: zeros(2, 5, 1, 2) },
+    {},
+    "bQ must have 3 axes [batch, queryLength, qkRopeHeadDim]",
+  ],
+
+  // Dimensions that disagree.
+  ["another batch in keyValue", { ...good, keyValue: zeros(3, 7, 8) }, {}, "keyValue has batch 3, query has 2"],
+  ["another batch in bK", { ...good, bK: zeros(1, 7, 2) }, {}, "bK has batch 1, query has 2"],
+  ["another batch in bQ", { ...sharedRope, bQ: zeros(1, 5, 2) }, {}, "bQ has batch 1, query has 2"],
+  ["another length in bK", { ...good, bK: zeros(2, 6, 2) }, {}, "bK has keyLength 6, keyValue has 7"],
+  ["another length in bQ", { ...sharedRope, bQ: zeros(2, 7, 2) }, {}, "bQ has queryLength 7, query has 5"],
+  ["another rank in wKc", { ...good, wKc: zeros(7, 3, 4) }, {}, "wKc has kvLoraRank 7, keyValue has 8"],
+  ["another rank in wVc", { ...good, wVc: zeros(9, 3, 9) }, {}, "wVc has kvLoraRank 9, keyValue has 8"],
+  ["other KV heads in wVc", { ...good, wVc: zeros(8, 2, 9) }, {}, "wVc has KV heads 2, wKc has 3"],
+  ["another rope width in bQ", { ...sharedRope, bQ: zeros(2, 5, 3) }, {}, "bQ has qkRopeHeadDim 3, bK has 2"],
+  [
+    "query heads that KV heads do not divide",
+    { ...good, query: zeros(2, 5, 7, 6) },
+    {},
+    "query has 7 heads, not a multiple of the 3 KV heads of wKc",
+  ],
+  [
+    "fewer query heads than KV heads",
+    { ...good, query: zeros(2, 5, 2, 6) },
+    {},
+    "query has 2 heads, not a multiple of the 3 KV heads of wKc",
+  ],
+  [
+    "a query without its rotary part",
+    { ...good, query: zeros(2, 5, 6, 4) },
+    {},
+    "query has head dimension 4, expected 6 (4 of wKc plus 2 of bK)",
+  ],
+  [
+    "a query with a rotary part beside bQ",
+    { ...sharedRope, query: zeros(2, 5, 6, 6) },
+    {},
+    "query has head dimension 6, expected 4 (the 4 of wKc, with the rotary part in bQ)",
+  ],
+  [
+    "a query wider than wKc without bK",
+    { ...good, bK: undefined },
+    {},
+    "query has head dimension 6, expected 4 (the 4 of wKc)",
+  ],
+  [
+    "bQ without bK",
+    { ...sharedRope, bK: undefined },
+    {},
+    "bQ is given without bK; pass both, or bK alone with a wider",
+  ],
+
+  // Widths and heads of zero.
+  ["no query heads", { ...good, query: zeros(2, 5, 0, 6) }, {}, "queryHeads must be at least 1, got 0"],
+  ["no KV heads", { ...good, wKc: zeros(8, 0, 4), wVc: zeros(8, 0, 9) }, {}, "kvHeads must be at least 1, got 0"],
+  ["no rank", { ...good, keyValue: zeros(2, 7, 0) }, {}, "kvLoraRank must be at least 1, got 0"],
+  ["keys of no width", { ...good, wKc: zeros(8, 3, 0) }, {}, "qkNopeHeadDim must be at least 1, got 0"],
+  ["values of no width", { ...good, wVc: zeros(8, 3, 0) }, {}, "vHeadDim must be at least 1, got 0"],
+
+  // Options.
+  ["a softmaxScale of 0", good, { softmaxScale: 0 }, "softmaxScale must be a finite number above 0, got 0"],
+  ["a negative softmaxScale", good, { softmaxScale: -1 }, "softmaxScale must be a finite number above 0, got -1"],
+  ["a NaN softmaxScale", good, { softmaxScale: NaN }, "softmaxScale must be a finite number above 0, got NaN"],
+  [
+    "an infinite softmaxScale",
+    good,
+    { softmaxScale: Infinity },
+    "softmaxScale must be a finite number above 0, got Inf",
+  ],
+  ["a null softmaxScale", good, { softmaxScale: null }, "softmaxScale must be a finite number above 0, got null"],
+  ["a softmaxScale in a string", good, { softmaxScale: "1" }, 'softmaxScale must be a finite number above 0, got "1"'],
+  ["a causal that is no boolean", good, { causal: 1 }, "causal must be true or false, got 1"],
+
+  // Packed sequences.
+  [
+    "offsets with batch 2",
+    { ...good, cuSeqlens: [0, 7] },
+    {},
+    "cuSeqlens packs sequences into batch 1, query has batch 2",
+  ],
+  [
+    "offsets with other queries than keys",
+    { ...packed, query: zeros(1, 4, 6, 4), cuSeqlens: [0, 5] },
+    {},
+    "cuSeqlens needs as many queries as keys, query has length 4 and keyValue 5",
+  ],
+  ["offsets that start late", { ...packed, cuSeqlens: [1, 5] }, {}, "cuSeqlens must start at 0, got 1"],
+  [
+    "offsets that decrease",
+    { ...packed, cuSeqlens: [0, 3, 2, 5] },
+    {},
+    "cuSeqlens must not decrease, got 3 then 2 at index 2",
+  ],
+  [
+    "offsets that end early",
+    { ...packed, cuSeqlens: [0, 4] },
+    {},
+    "cuSeqlens must end at the sequence length 5, got 4",
+  ],
+  ["offsets that end late", { ...packed, cuSeqlens: [0, 6] }, {}, "cuSeqlens must end at the sequence length 5, got 6"],
+  ["fractional offsets", { ...packed, cuSeqlens: [0, 2.5, 5] }, {}, "cuSeqlens must hold integers, got 2.5 at index 1"],
+  ["NaN offsets", { ...packed, cuSeqlens: [NaN, 5] }, {}, "cuSeqlens must hold integers, got NaN at index 0"],
+  ["offsets in strings", { ...packed, cuSeqlens: ["0", "5"] }, {}, 'cuSeqlens must hold integers, got "0" at index 0'],
+  ["no offsets", { ...packed, cuSeqlens: [] }, {}, "cuSeqlens must hold n + 1 offsets, got none"],
+  [
+    "offsets of a wrong type",
+    { ...packed, cuSeqlens: Float32Array.of(0, 5) },
+    {},
+    "cuSeqlens must be an Int32Array, a Uint32Array or an array of numbers, got Float32Array",
+  ],
+  [
+    "null offsets",
+    { ...packed, cuSeqlens: null },
+    {},
+    "cuSeqlens must be an Int32Array, a Uint32Array or an array of numbers, got null",
+  ],
+];
+
+describe("mlaProblem() refuses", () => {
+  for (const [title, inputs, options, message] of refusals) {
+    test(title, () => assertRefused(inputs, options, message));
+  }
+
+  test("no inputs", () => assertRefused(null, {}, "inputs must be an object of tensors, got null"));
+  test("null options", () => assertRefused(good, null, "options must be an object, got null"));
+});
+
+describe("tensor()", () => {
+  test("keeps the data and copies the shape", () => {
+    const data = new Float32Array(6);
+    const shape = [2, 3];
+    const made = tensor(data, shape);
+    shape[0] = 9;
+    assertEquals(made.data, data);
+    assertEquals(made.data.buffer === data.buffer, true);
+    assertEquals(made.shape, [2, 3]);
+  });
+
+  test("takes a shape with a zero axis, and no axis as one element", () => {
+    assertEquals(tensor(new Float32Array(0), [2, 0, 3]).data.length, 0);
+    assertEquals(tensor(new Float32Array(1), []).data.length, 1);
+  });
+
+  test("throws when the data do not fill the shape", () => {
+    const error = assertThrows(
+      () => tensor(new Float32Array(5), [2, 3]),
+      FlashMLAError,
+      "needs 6 elements, data has 5",
+    );
+    assertEquals(error.code, "invalid-input");
+  });
+});
+
+function assertRefused(inputs: unknown, options: unknown, message: string): void {
+  const error = assertThrows(() => mlaProblem(inputs as MlaInputs, options as MlaMathOptions));
+  assertInstanceOf(error, FlashMLAError);
+  assertEquals(error.code, "invalid-input");
+  assertStringIncludes(error.message, message);
+}
