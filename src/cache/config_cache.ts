@@ -36,6 +36,8 @@ export class ConfigCache<Cfg> {
   readonly #entries = new Map<string, readonly [CacheKey, CachedConfig<Cfg>]>();
 
   /**
+   * Makes an empty cache.
+   *
    * @param capacity How many entries are kept, at least 1.
    * @throws {RangeError} When the capacity is not a positive integer.
    */

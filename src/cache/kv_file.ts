@@ -34,27 +34,35 @@ export async function fileDamage(path: string): Promise<string | null> {
 }
 
 /**
- * Holds a database file through the lock file beside it: shared to use it, exclusively to move it aside. Without this, a
- * process could move away the fresh file that another one has just put in the damaged one's place, or delete that
- * one's write-ahead log while closing. Costs 0.02 ms.
+ * Works on a database file while holding the lock file beside it: shared to use it, exclusively to move it aside.
+ * Without this, a process could move away the fresh file that another one has just put in the damaged one's place, or
+ * delete that one's write-ahead log while closing. Costs 0.02 ms.
  *
  * @param path The database file.
- * @param exclusive Whether nobody else may hold it.
- * @returns The handle; it holds nothing where there can be no lock file, such as in a read-only directory.
+ * @param mode Whether others may hold it meanwhile.
+ * @param work What to do. Where there can be no lock file, such as in a read-only directory, it is done without.
+ * @returns What `work` returned.
  * @throws {Error} `database is locked`, when others hold it.
  */
-export async function holdKvFile(path: string, exclusive: boolean): Promise<Disposable> {
+export async function holdingKvFile<T>(
+  path: string,
+  mode: "shared" | "exclusive",
+  work: () => Promise<T>,
+): Promise<T> {
   const deno = denoRuntime();
   const lockPath = `${path}.lock`;
   let file: DenoFile | null = null;
   if (deno !== undefined && isGranted(deno, lockPath, "read", "write")) {
     file = await deno.open(lockPath, { write: true, create: true }).catch(() => null);
   }
-  // A file system without locks rejects: then there is nothing to hold either.
-  const held = await file?.tryLock(exclusive).catch(() => true) ?? true;
-  if (held) return { [Symbol.dispose]: () => file?.close() };
-  file?.close();
-  throw new Error("database is locked: another process is moving a damaged file aside, or uses it meanwhile");
+  try {
+    // A file system without locks rejects: then there is nothing to hold either.
+    const isHeld = await file?.tryLock(mode === "exclusive").catch(() => true) ?? true;
+    if (!isHeld) throw new Error("database is locked: another process is using it or moving it aside");
+    return await work();
+  } finally {
+    file?.close();
+  }
 }
 
 /**

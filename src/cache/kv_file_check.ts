@@ -1,9 +1,9 @@
 // Whether a SQLite file at rest can be handed to Deno KV at all.
 //
 // SQLite reports most damage by itself, but Deno reads KV's queue and expiry tables in a background thread as soon as
-// the file is open, and that thread panics on damage: a zeroed page there ends the process (measured with Deno 2.9.6, denokv_sqlite
-// 0.14), which nothing in JavaScript can catch. So every page is looked at first, whether it can be one. That finds pages
-// that were lost, overwritten or never written; it does not find single wrong bytes within a page.
+// the file is open, and that thread panics on damage: a zeroed page there ends the process (measured with Deno 2.9.6,
+// denokv_sqlite 0.14), which nothing in JavaScript can catch. So every page is looked at first, whether it can be one.
+// That finds pages that were lost, overwritten or never written; it does not find single wrong bytes within a page.
 // File format: https://www.sqlite.org/fileformat2.html
 
 const MAGIC = "SQLite format 3\0";

@@ -13,8 +13,8 @@ const overlays = new Scope<OverlayEntries<unknown>>();
  * innermost that has an entry for a call decides, and one without passes the call on outwards.
  *
  * The block form also covers the function that called this one, until the block ends, if nothing was awaited before:
- * use the callback form where calls overlap. In browsers, which cannot tell asynchronous calls apart, either form covers
- * every call that starts while the overlay is open.
+ * use the callback form where calls overlap. In browsers, which cannot tell asynchronous calls apart, either form
+ * covers every call that starts while the overlay is open.
  *
  * @example
  * ```ts ignore

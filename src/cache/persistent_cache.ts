@@ -32,9 +32,9 @@ export interface CacheHealth {
 const LOCKED_REST_MS = 10_000;
 
 /**
- * Measured configurations that outlive the process, each under a key of its own, so that processes that tune at the same
- * time lose nothing of each other's. The store is a convenience: no method throws because of it. What cannot be stored is kept
- * in memory, and said once.
+ * Measured configurations that outlive the process, each under a key of its own, so that processes that tune at the
+ * same time lose nothing of each other's. The store is a convenience: no method throws because of it. What cannot be
+ * stored is kept in memory, and said once.
  */
 export class PersistentCache<Cfg> {
   readonly #name: string;
@@ -139,7 +139,7 @@ export class PersistentCache<Cfg> {
         await store.delete(probe);
         return (await store.list(kvPrefix(this.#name))).filter(({ key }) => cacheKeyOf(key) !== null).length;
       });
-      return { location: location.path, state: "ok", detail: `${count} configurations, readable and writable.` };
+      return { location: location.path, state: "ok", detail: `Readable and writable; configurations held: ${count}.` };
     } catch (error) {
       return { location: location.path, state: storeFault(error), detail: adviceOn(error, location.path).message };
     }

@@ -11,8 +11,8 @@
 //                       | block's function had not awaited yet (enterWith |
 //                       | changes the context that the caller shares)     |
 //
-// In every case the innermost scope is looked at first, and a scope that has ended is invisible, also to stray work that
-// it started: each entry has a flag that its end clears, and readers pass over cleared ones.
+// In every case the innermost scope is looked at first, and a scope that has ended is invisible, also to stray work
+// that it started: each entry has a flag that its end clears, and readers pass over cleared ones.
 
 interface Entry<T> {
   readonly value: T;
@@ -28,11 +28,15 @@ interface Chain<T> {
   run<R>(entry: Entry<T>, fn: () => R): R;
 }
 
-/** A value that holds inside a block or a callback. See the table at the top of the file for what each form promises. */
+/** A value that holds inside a block or a callback. The table at the top of the file says what each form promises. */
 export class Scope<T> {
   readonly #chain: Chain<T>;
 
-  /** @param asynchronous False keeps one stack even where the runtime could tell asynchronous calls apart. */
+  /**
+   * Makes a scope without any value yet.
+   *
+   * @param asynchronous False keeps one stack even where the runtime could tell asynchronous calls apart.
+   */
   constructor(asynchronous: boolean = true) {
     this.#chain = (asynchronous ? asyncChain<T>() : undefined) ?? stackChain<T>();
   }

@@ -68,6 +68,31 @@ export function lostError(context: GpuContext, cause?: unknown): FlashMLAError {
   );
 }
 
+/** Engines report a loss some time after the first operation that it made fail; this is long enough, in milliseconds. */
+const lossNotice = 50;
+
+/**
+ * Does GPU work and explains its failure: when the device turns out to be lost, that is the error.
+ *
+ * @throws {FlashMLAError} The {@link lostError} of a lost device; whatever the work threw otherwise.
+ */
+export async function unlessLost<Result>(context: GpuContext, work: () => Promise<Result>): Promise<Result> {
+  if (context.lost() !== null) throw lostError(context);
+  try {
+    const result = await work();
+    // Some engines resolve what a lost device was asked for, with zeros.
+    if (context.lost() === null) return result;
+  } catch (error) {
+    let timer: ReturnType<typeof setTimeout> | undefined;
+    const notice = new Promise<void>((resolve) => timer = setTimeout(resolve, lossNotice));
+    await Promise.race([context.device.lost, notice]);
+    clearTimeout(timer);
+    if (context.lost() === null) throw error;
+    throw lostError(context, error);
+  }
+  throw lostError(context);
+}
+
 async function openOwn(): Promise<GpuContext> {
   const gpu = (globalThis as { navigator?: { gpu?: GPU } }).navigator?.gpu;
   if (gpu === undefined) {

@@ -5,7 +5,7 @@ import { type MlaProblem, outputShape } from "../op/mla_problem.ts";
 import type { Tensor } from "../op/tensor.ts";
 import { type AttentionPlan, type Dispatch, type Operand, paramsBytes, paramsStride } from "./attention_plan.ts";
 import type { PooledUsage } from "./buffers.ts";
-import { type GpuContext, lostError } from "./device.ts";
+import { type GpuContext, unlessLost } from "./device.ts";
 import type { ResidentCall } from "./resident_call.ts";
 import { timeOnGpu } from "./timing.ts";
 
@@ -49,11 +49,13 @@ export class PreparedAttention {
     call: ResidentCall,
   ): Promise<PreparedAttention> {
     const names = Object.keys(plan.kernels) as KernelName[];
-    const compiled = await Promise.all(names.map((name) => context.pipelines.get(name, plan.kernels[name])));
-    const pipelines = new Map(names.map((name, i) => [name, compiled[i]]));
     const prepared = new PreparedAttention(context, problem, plan, call);
     try {
-      await prepared.#checked("allocate its buffers", () => prepared.#bind(pipelines));
+      await unlessLost(context, async () => {
+        const compiled = await Promise.all(names.map((name) => context.pipelines.get(name, plan.kernels[name])));
+        const pipelines = new Map(names.map((name, i) => [name, compiled[i]]));
+        await prepared.#checked("allocate its buffers", () => prepared.#bind(pipelines));
+      });
     } catch (error) {
       prepared[Symbol.dispose]();
       throw error;
@@ -72,24 +74,21 @@ export class PreparedAttention {
       return { start, bytes, buffer: buffers.acquire("readback", bytes) };
     });
     try {
-      await this.#checked("run its kernels", () => {
-        const encoder = device.createCommandEncoder({ label: "flash-mla attention" });
-        this.encode(encoder);
-        readbacks.forEach(({ bytes, buffer }, i) =>
-          encoder.copyBufferToBuffer(this.#call.get("output", i)!, 0, buffer, 0, bytes)
-        );
-        device.queue.submit([encoder.finish()]);
-      });
-      for (const { start, bytes, buffer } of readbacks) {
-        await buffer.mapAsync(1, 0, bytes).catch((cause) => {
-          throw this.#context.lost() === null
-            ? new FlashMLAError("device", `Cannot read the result back: ${cause}`, { cause })
-            : lostError(this.#context, cause);
+      await unlessLost(this.#context, async () => {
+        await this.#checked("run its kernels", () => {
+          const encoder = device.createCommandEncoder({ label: "flash-mla attention" });
+          this.encode(encoder);
+          readbacks.forEach(({ bytes, buffer }, i) =>
+            encoder.copyBufferToBuffer(this.#call.get("output", i)!, 0, buffer, 0, bytes)
+          );
+          device.queue.submit([encoder.finish()]);
         });
-        data.set(new Float32Array(buffer.getMappedRange(0, bytes)), start * rowLength);
-        buffer.unmap();
-      }
-      if (this.#context.lost() !== null) throw lostError(this.#context);
+        for (const { start, bytes, buffer } of readbacks) {
+          await buffer.mapAsync(1, 0, bytes);
+          data.set(new Float32Array(buffer.getMappedRange(0, bytes)), start * rowLength);
+          buffer.unmap();
+        }
+      });
     } finally {
       for (const { buffer } of readbacks) buffers.release("readback", buffer);
     }
@@ -104,16 +103,15 @@ export class PreparedAttention {
    * @returns Milliseconds for all repeats together.
    */
   async time(repeats: number, only?: readonly KernelName[]): Promise<number> {
-    if (this.#context.lost() !== null) throw lostError(this.#context);
-    try {
-      return await timeOnGpu(
-        this.#context,
-        (encoder, timestampWrites) => this.encode(encoder, { only, timestampWrites }),
-        repeats,
-      );
-    } catch (cause) {
-      throw this.#context.lost() === null ? cause : lostError(this.#context, cause);
-    }
+    return await unlessLost(
+      this.#context,
+      () =>
+        timeOnGpu(
+          this.#context,
+          (encoder, timestampWrites) => this.encode(encoder, { only, timestampWrites }),
+          repeats,
+        ),
+    );
   }
 
   /** Records the call's dispatches as one compute pass. */
@@ -177,23 +175,17 @@ export class PreparedAttention {
   /** Does one step between error scopes and turns what they caught into an error of ours. */
   async #checked(step: string, work: () => void): Promise<void> {
     const { device } = this.#context;
-    if (this.#context.lost() !== null) throw lostError(this.#context);
     device.pushErrorScope("out-of-memory");
     device.pushErrorScope("validation");
-    let failed: unknown = null;
+    let scopes: Promise<GPUError | null>[] = [];
     try {
       work();
-    } catch (error) {
-      failed = error;
+    } finally {
+      // Popped before anything is awaited: other calls push theirs in the meantime.
+      scopes = [device.popErrorScope(), device.popErrorScope()];
+      scopes.forEach((scope) => scope.catch(() => {}));
     }
-    // Popped before anything is awaited: other calls push theirs in the meantime.
-    const scopes = [device.popErrorScope(), device.popErrorScope()];
-    const errors = await Promise.all(scopes).catch((cause) => {
-      throw this.#context.lost() === null ? cause : lostError(this.#context, cause);
-    });
-    if (failed !== null) throw failed;
-    const caught = errors.find((error) => error !== null);
-    if (this.#context.lost() !== null) throw lostError(this.#context, caught);
+    const caught = (await Promise.all(scopes)).find((error) => error !== null);
     if (caught) {
       throw new FlashMLAError("device", `The GPU device could not ${step}: ${caught.message}`, { cause: caught });
     }

@@ -60,6 +60,8 @@ export class ResidentCall {
   }
 
   #upload(operand: Operand, data: Float32Array): void {
+    // A rotary part of width 0 has no data and is not bound; Deno's writeBuffer panics on an empty ArrayBuffer.
+    if (data.byteLength === 0) return;
     const buffer = this.#borrow(operand, data.byteLength);
     this.#context.device.queue.writeBuffer(buffer, 0, data.buffer as ArrayBuffer, data.byteOffset, data.byteLength);
   }

@@ -18,8 +18,13 @@ export const webgpuImplementation: MlaImplementation = {
   platform: "webgpu",
   backend: "gpu",
   isAvailable: hasAdapter,
-  open: async (device) => new WebGpuTarget(await gpuContext(device)),
+  open: async (device) => webgpuTarget(await gpuContext(device)),
 };
+
+/** The operation on one open device. */
+export function webgpuTarget(context: GpuContext): MlaTarget {
+  return new WebGpuTarget(context);
+}
 
 class WebGpuTarget implements MlaTarget {
   readonly platform = "webgpu";

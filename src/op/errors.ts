@@ -22,6 +22,8 @@ export class FlashMLAError extends Error {
   readonly code: FlashMLAErrorCode;
 
   /**
+   * Makes an error.
+   *
    * @param code The kind of failure.
    * @param message One sentence for a person: what cannot be done, and why.
    * @param options The standard error options, such as `cause`.

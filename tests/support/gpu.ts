@@ -1,0 +1,36 @@
+// The GPU under test, found once per test file. Tests skip statically, with the reason in their report.
+
+import { type GpuContext, gpuContext } from "../../src/gpu/device.ts";
+import { mlaAttention } from "../../mod.ts";
+import type { FlashMLAConfig } from "../../src/op/config.ts";
+import type { Attention } from "./attention_properties.ts";
+
+/** The reason why GPU tests cannot run here, or false. */
+export const skip: string | false = await gpuContext().then(() => false, (error: Error) => error.message);
+
+/** The context of the process's own device. Every buffer that it lends starts out full of NaN. */
+export async function testContext(): Promise<GpuContext> {
+  const context = await gpuContext();
+  context.buffers.poison = true;
+  return context;
+}
+
+/** A configuration that any device runs and that software adapters compile in seconds. */
+export const smallConfig: FlashMLAConfig = {
+  blockQ: 32,
+  blockK: 32,
+  numWarps: 2,
+  numStages: 1,
+  rowsPerThread: 4,
+  blockDepth: 4,
+  probKeys: 1,
+  unrollDepth: true,
+  expandBlock: 32,
+  platform: "webgpu",
+  backend: "gpu",
+};
+
+/** The public function on the GPU under one configuration. */
+export function attentionUnder(cfg: FlashMLAConfig): Attention {
+  return (inputs, options) => mlaAttention(inputs, { ...options, platform: "webgpu", cfg });
+}
