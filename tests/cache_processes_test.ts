@@ -123,7 +123,7 @@ describe("where the file is", { skip }, () => {
     const home = folder.file("home", ...conventional, "flash-mla", "configs.kv");
     const cases: [Record<string, string>, string][] = [
       [{ HOME }, home],
-      [{ HOME, XDG_CACHE_HOME: "relative" }, home],
+      [{ HOME, XDG_CACHE_HOME: "relative", DENO_DIR: folder.file("deno") }, home],
       [{ HOME, XDG_CACHE_HOME: "" }, home],
       [{ HOME, XDG_CACHE_HOME }, folder.file("xdg", "flash-mla", "configs.kv")],
       [{ HOME, XDG_CACHE_HOME, FLASH_MLA_CACHE: folder.file("own.kv") }, folder.file("own.kv")],

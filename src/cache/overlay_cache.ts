@@ -19,7 +19,7 @@ const overlays = new Scope<OverlayEntries<unknown>>();
  * @example
  * ```ts ignore
  * using _ = overlayCache(cfg);
- * await mlaAttention(query, keyValue, wKc, wVc);
+ * await mlaAttention(inputs);
  * ```
  *
  * @param entries The configurations.
@@ -31,7 +31,7 @@ export function overlayCache<Cfg extends object>(entries: OverlayEntries<Cfg>): 
  *
  * @example
  * ```ts ignore
- * const output = await overlayCache(cfg, () => mlaAttention(query, keyValue, wKc, wVc));
+ * const output = await overlayCache(cfg, () => mlaAttention(inputs));
  * ```
  *
  * @param entries The configurations.
@@ -46,16 +46,31 @@ export function overlayCache<R>(entries: OverlayEntries<unknown>, fn?: () => R):
 }
 
 /**
- * The configuration that the overlays in scope hold for a call. In browsers it has to be asked before the call's first
- * `await`, while the overlay is sure to be open.
+ * The overlays in scope. A call reads them before its first `await`, while they are sure to be open.
+ *
+ * @returns What they hold, innermost first.
+ */
+export function openOverlays(): readonly OverlayEntries<unknown>[] {
+  return overlays.values();
+}
+
+/**
+ * The configuration that overlays hold for a call.
  *
  * @param op Operation and version, such as `flash_mla@1`.
  * @param callKey The call key.
- * @returns The innermost overlay's entry, or undefined. It is what the user passed in, unchecked.
+ * @param open The overlays to ask, innermost first. Default: those in scope.
+ * @returns The first overlay's entry, or undefined. It is what the user passed in, unchecked.
  */
-export function overlayLookup<Cfg>(op: string, callKey: string): Cfg | undefined {
+export function overlayLookup<Cfg>(
+  op: string,
+  callKey: string,
+  open: readonly OverlayEntries<unknown>[] = openOverlays(),
+): Cfg | undefined {
   const name = op.slice(0, op.lastIndexOf("@") < 0 ? op.length : op.lastIndexOf("@"));
-  return overlays.find((entries) =>
-    (entries instanceof Map ? entries.get(callKey) ?? entries.get(op) ?? entries.get(name) : entries) as Cfg | undefined
-  );
+  for (const entries of open) {
+    const cfg = entries instanceof Map ? entries.get(callKey) ?? entries.get(op) ?? entries.get(name) : entries;
+    if (cfg !== undefined) return cfg as Cfg;
+  }
+  return undefined;
 }

@@ -79,6 +79,16 @@ export class Scope<T> {
     return undefined;
   }
 
+  /** The values that hold here, innermost first: for calls that must remember what held when they were made. */
+  values(): T[] {
+    const values: T[] = [];
+    this.find((value) => {
+      values.push(value);
+      return undefined;
+    });
+    return values;
+  }
+
   #entry(value: T): Entry<T> {
     const outer = firstActive(this.#chain.innermost());
     // Walks outwards once, so that ended scopes are let go of even where calls never cease to overlap.

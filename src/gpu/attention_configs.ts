@@ -40,6 +40,7 @@ const gpuTilings: readonly Tiling[] = [
  * compile time grows faster than the unrolled code, so slices are short.
  */
 const softwareTilings: readonly Tiling[] = [
+  tiling(64, 128, 2, 8),
   tiling(64, 64, 2, 8),
   tiling(32, 32, 2, 4),
   tiling(128, 128, 8, 8),

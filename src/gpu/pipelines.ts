@@ -17,6 +17,11 @@ export class PipelineCache {
     return this.#pipelines.size;
   }
 
+  /** Forgets every pipeline, so that the next call compiles again. */
+  clear(): void {
+    this.#pipelines.clear();
+  }
+
   /**
    * The pipeline of a kernel whose entry point is `main`.
    *

@@ -57,7 +57,7 @@ export class PreparedAttention {
         await prepared.#checked("allocate its buffers", () => prepared.#bind(pipelines));
       });
     } catch (error) {
-      prepared[Symbol.dispose]();
+      prepared.dispose();
       throw error;
     }
     return prepared;
@@ -131,7 +131,7 @@ export class PreparedAttention {
   }
 
   /** Gives the borrowed memory back. */
-  [Symbol.dispose](): void {
+  dispose(): void {
     for (const { usage, buffer } of this.#borrowed.splice(0)) this.#context.buffers.release(usage, buffer);
     this.#dispatches = [];
   }

@@ -34,7 +34,7 @@ export class ResidentCall {
         this.#borrow("output", (end - start) * queryHeads * vHeadDim * 4);
       }
     } catch (error) {
-      this[Symbol.dispose]();
+      this.dispose();
       throw error;
     }
   }
@@ -46,7 +46,7 @@ export class ResidentCall {
   }
 
   /** Gives the memory back. */
-  [Symbol.dispose](): void {
+  dispose(): void {
     for (const buffer of [...this.#buffers.values()].flat()) this.#context.buffers.release("storage", buffer);
     this.#buffers.clear();
   }

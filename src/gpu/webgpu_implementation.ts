@@ -61,10 +61,7 @@ class WebGpuTarget implements MlaTarget {
     if (isEmpty(problem)) return { data, shape };
     const parts = this.#pieces(problem, inputs);
     for (const part of parts) {
-      const plan = this.#plan(part.problem, cfg);
-      using call = new ResidentCall(this.#context, part.problem, part.inputs, plan);
-      using prepared = await PreparedAttention.create(this.#context, part.problem, plan, call);
-      const result = await prepared.output();
+      const result = await this.#runPiece(part, cfg);
       if (parts.length === 1) return result;
       data.set(result.data, part.queryRow * shape[2] * shape[3]);
     }
@@ -84,7 +81,7 @@ class WebGpuTarget implements MlaTarget {
         output: () => prepared.output(),
         time: (repeats) => prepared.time(repeats),
         dispose() {
-          prepared[Symbol.dispose]();
+          prepared.dispose();
           call.release();
         },
       };
@@ -108,6 +105,21 @@ class WebGpuTarget implements MlaTarget {
     );
   }
 
+  async #runPiece({ problem, inputs }: Piece, cfg: FlashMLAConfig): Promise<Tensor> {
+    const plan = this.#plan(problem, cfg);
+    const call = new ResidentCall(this.#context, problem, inputs, plan);
+    try {
+      const prepared = await PreparedAttention.create(this.#context, problem, plan, call);
+      try {
+        return await prepared.output();
+      } finally {
+        prepared.dispose();
+      }
+    } finally {
+      call.dispose();
+    }
+  }
+
   #plan(problem: MlaProblem, cfg: FlashMLAConfig): AttentionPlan {
     return attentionPlan(problem, cfg, this.#context.capabilities.limits);
   }
@@ -124,7 +136,7 @@ class WebGpuTarget implements MlaTarget {
         released = true;
         if (--shared.users > 0) return;
         sharedCalls.delete(inputs);
-        shared.resident[Symbol.dispose]();
+        shared.resident.dispose();
       },
     };
   }

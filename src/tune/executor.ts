@@ -1,3 +1,4 @@
+import { openOverlays } from "../cache/overlay_cache.ts";
 import { FlashMLAError } from "../op/errors.ts";
 import { messageOf } from "./descent.ts";
 import type { Invocation } from "./invocation.ts";
@@ -100,7 +101,8 @@ export class Executor<Call, Cfg, Out> {
   ): Promise<{ readonly invocation: Invocation<Call>; readonly choice: Choice<Cfg> }> {
     // Read before anything is awaited: a scope may close while the call is being prepared.
     const policy = this.chain.policy;
+    const overlays = openOverlays();
     const invocation = await kernel.prepare(call);
-    return { invocation, choice: await this.chain.choose(invocation, kernel, { ...options, policy }) };
+    return { invocation, choice: await this.chain.choose(invocation, kernel, { ...options, policy, overlays }) };
   }
 }

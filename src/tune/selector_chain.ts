@@ -1,7 +1,7 @@
 // How a configuration is chosen: override → overlay → memory → persistent → autotune → heuristic → error.
 
 import { ConfigCache, heuristicConfig, measuredConfig } from "../cache/config_cache.ts";
-import { overlayLookup } from "../cache/overlay_cache.ts";
+import { openOverlays, type OverlayEntries, overlayLookup } from "../cache/overlay_cache.ts";
 import { FlashMLAError } from "../op/errors.ts";
 import { AutotuneOnce, type ConfigStore } from "./autotune_once.ts";
 import { Descent, messageOf } from "./descent.ts";
@@ -31,6 +31,8 @@ export interface ChooseOptions<Cfg> {
   readonly cfg?: Cfg;
   /** The policy in force when the call was made. Default: the one in force now. */
   readonly policy?: AutotunePolicy;
+  /** The overlays in scope when the call was made, innermost first. Default: those in scope now. */
+  readonly overlays?: readonly OverlayEntries<unknown>[];
 }
 
 /** A configuration, and the level of the chain that gave it. */
@@ -92,10 +94,10 @@ export class ConfigSelectorChain<Call, Cfg, Out> {
     kernel: Kernel<Call, Cfg, Out>,
     options: ChooseOptions<Cfg> = {},
   ): Promise<Choice<Cfg>> {
-    const { cfg, policy = this.policy } = options;
+    const { cfg, policy = this.policy, overlays = openOverlays() } = options;
     const call = await Descent.begin(kernel, invocation, policy, this.#onEvent);
     if (cfg !== undefined) return this.#override(call, cfg);
-    const choice = this.#fromOverlay(call) ?? this.#fromMemory(call) ?? await this.#fromPersistent(call) ??
+    const choice = this.#fromOverlay(call, overlays) ?? this.#fromMemory(call) ?? await this.#fromPersistent(call) ??
       await this.#fromAutotune(call) ?? this.#fromHeuristic(call);
     if (choice === null) throw call.exhausted();
     return choice;
@@ -113,8 +115,11 @@ export class ConfigSelectorChain<Call, Cfg, Out> {
     return { cfg, source: "override" };
   }
 
-  #fromOverlay(call: Descent<Call, Cfg, Out>): Choice<Cfg> | null {
-    const cfg = overlayLookup<Cfg>(call.context.op, call.context.callKey);
+  #fromOverlay(
+    call: Descent<Call, Cfg, Out>,
+    overlays: readonly OverlayEntries<unknown>[],
+  ): Choice<Cfg> | null {
+    const cfg = overlayLookup<Cfg>(call.context.op, call.context.callKey, overlays);
     if (cfg === undefined) return call.missed("overlay");
     if (!call.accepts("overlay", cfg)) return null;
     call.emit({ type: "overlay_hit", cfg });

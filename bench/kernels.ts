@@ -1,0 +1,126 @@
+// The kernels alone on this machine's adapter: time, TFLOP/s and the configuration that the tuner chose.
+//
+//   deno task bench:kernels            a table
+//   deno task bench:kernels --json     and one JSON object in the last line
+//
+// FLOPs are those of the operation: 2·rows·L·heads·(P+V) for the expansion, 2·(P+R+V) per visible (query, key, head) for
+// the attention; work on masked or padded elements is not counted.
+
+import { flashMLA, type FlashMLAConfig, type MlaCall, type MlaInvocation } from "../mod.ts";
+import { attentionPlan } from "../src/gpu/attention_plan.ts";
+import { gpuContext } from "../src/gpu/device.ts";
+import { type KernelName, PreparedAttention } from "../src/gpu/prepared_attention.ts";
+import { ResidentCall } from "../src/gpu/resident_call.ts";
+import { clockProbe, timingMethod } from "../src/gpu/timing.ts";
+import { segments, visibleKeyEnd } from "../src/op/segments.ts";
+import type { MlaProblem } from "../src/op/mla_problem.ts";
+import { Tuner } from "../src/tune/tuner.ts";
+import { attentionShapes, benchInputs, type BenchShape } from "./shapes.ts";
+
+interface Row {
+  readonly shape: string;
+  readonly config: FlashMLAConfig;
+  readonly compileMs: number;
+  readonly expandMs: number;
+  readonly expandTflops: number;
+  readonly attendMs: number;
+  readonly attendTflops: number;
+  readonly spread: number;
+}
+
+const context = await gpuContext();
+const method = await timingMethod(context);
+const quick = context.capabilities.software;
+console.log(`${context.capabilities.adapter}, ${context.capabilities.engine}, timed by ${method}`);
+const tuner = new Tuner({ totalBudgetMs: 20_000 });
+
+function visiblePairs(problem: MlaProblem): number {
+  let pairs = 0;
+  for (const segment of segments(problem)) {
+    for (let row = segment.queryStart; row < segment.queryEnd; row++) {
+      pairs += visibleKeyEnd(segment, row, problem.causal) - segment.keyStart;
+    }
+  }
+  return pairs * problem.queryHeads;
+}
+
+/** Milliseconds of work in one submission: long beside the pauses between submissions, in which a card slows down. */
+const sampleMs = quick ? 1 : 50;
+
+/** Keeps the device busy until its clock is steady: a card that idled needs seconds of load to reach full speed. */
+async function warmUp(prepared: PreparedAttention, repeats: number): Promise<void> {
+  if (quick) return;
+  let steady = 0;
+  let fastest = Infinity;
+  const deadline = performance.now() + 8000;
+  while (steady < 5 && performance.now() < deadline) {
+    await prepared.time(4 * repeats);
+    const probe = await clockProbe(context) ?? 0;
+    steady = probe > 0.98 * fastest ? steady + 1 : 0;
+    fastest = Math.min(fastest, probe);
+  }
+}
+
+/** Median and relative spread of a kernel's time at a steady clock. */
+async function measure(
+  prepared: PreparedAttention,
+  only: readonly KernelName[],
+): Promise<[ms: number, spread: number]> {
+  await prepared.time(1, only);
+  const repeats = Math.max(1, Math.ceil(sampleMs / await prepared.time(1, only)));
+  await warmUp(prepared, repeats);
+  const samples: number[] = [];
+  for (let i = 0; i < (quick ? 3 : 11); i++) samples.push(await prepared.time(repeats, only) / repeats);
+  samples.sort((a, b) => a - b);
+  const median = samples[Math.floor(samples.length / 2)];
+  return [median, (samples[samples.length - 1] - samples[0]) / median];
+}
+
+async function row(shape: BenchShape): Promise<Row> {
+  const call: MlaCall = { inputs: benchInputs(shape), options: { causal: shape.causal, platform: "webgpu" } };
+  const invocation: MlaInvocation = await flashMLA.prepare(call);
+  const { problem } = invocation;
+  const { cfg } = await tuner.tune(flashMLA, invocation, flashMLA.candidateCfgs(invocation));
+  const plan = attentionPlan(problem, cfg, context.capabilities.limits);
+  const resident = new ResidentCall(context, problem, call.inputs, plan);
+  context.pipelines.clear();
+  const start = performance.now();
+  const prepared = await PreparedAttention.create(context, problem, plan, resident);
+  await prepared.output();
+  const compileMs = performance.now() - start;
+  const [expandMs] = await measure(prepared, ["expandKeys", "expandValues"]);
+  const [attendMs, spread] = await measure(prepared, ["attend"]);
+  prepared.dispose();
+  resident.dispose();
+  const { batch, keyLength, kvHeads, kvLoraRank: L, qkNopeHeadDim: P, qkRopeHeadDim: R, vHeadDim: V } = problem;
+  return {
+    shape: shape.name,
+    config: cfg,
+    compileMs,
+    expandMs,
+    expandTflops: 2 * batch * keyLength * L * kvHeads * (P + V) / expandMs / 1e9,
+    attendMs,
+    attendTflops: 2 * visiblePairs(problem) * (P + R + V) / attendMs / 1e9,
+    spread,
+  };
+}
+
+const rows: Row[] = [];
+for (const shape of attentionShapes(quick)) rows.push(await row(shape));
+
+const digits = (value: number, n = 2) => value.toFixed(n).padStart(8);
+console.log(`${"shape".padEnd(44)} expand ms  TFLOP/s attend ms  TFLOP/s   spread  compile  config`);
+for (const { shape, config, compileMs, expandMs, expandTflops, attendMs, attendTflops, spread } of rows) {
+  const { blockQ, blockK, numWarps, rowsPerThread, numStages, blockDepth, probKeys, expandBlock } = config;
+  console.log(
+    shape.padEnd(44) + digits(expandMs, 3) + digits(expandTflops) + digits(attendMs, 3) + digits(attendTflops) +
+      digits(spread * 100, 1) + "%" + digits(compileMs / 1000) + "s  " +
+      `${blockQ}×${blockK} ${numWarps}w${rowsPerThread} ${numStages}×${blockDepth} p${probKeys} e${expandBlock}`,
+  );
+}
+console.log(`clock probe ${(await clockProbe(context))?.toFixed(4) ?? "none"} ms`);
+if (Deno.args.includes("--json")) {
+  console.log(
+    JSON.stringify({ capabilities: context.capabilities, timing: method, date: new Date().toISOString(), rows }),
+  );
+}
