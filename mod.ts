@@ -49,8 +49,9 @@ export type {
 export { autotunePolicy, policyOverride, ScopedPolicy } from "./src/tune/policy.ts";
 export type { AutotunePolicy, PolicyOwner, PolicySurroundings } from "./src/tune/policy.ts";
 export { Tuner } from "./src/tune/tuner.ts";
+export type { TunerOptions } from "./src/tune/tuner.ts";
 
-export { ConfigCache } from "./src/cache/config_cache.ts";
+export { ConfigCache, heuristicConfig, measuredConfig } from "./src/cache/config_cache.ts";
 export type { CachedConfig } from "./src/cache/config_cache.ts";
 export { overlayCache } from "./src/cache/overlay_cache.ts";
 export type { OverlayEntries } from "./src/cache/overlay_cache.ts";

@@ -5,9 +5,9 @@ import type { FlashMLAConfig } from "./op/config.ts";
 import { FlashMLAError } from "./op/errors.ts";
 import type { MlaImplementation, MlaTarget } from "./op/implementation.ts";
 import { lengthBucket } from "./op/length_bucket.ts";
-import { type MlaInputs, type MlaMathOptions, type MlaProblem, mlaProblem } from "./op/mla_problem.ts";
+import { type MlaInputs, type MlaMathOptions, type MlaProblem, mlaProblem, snapshot } from "./op/mla_problem.ts";
 import { canonicalPlatform, type Platform } from "./op/platform.ts";
-import type { Tensor } from "./op/tensor.ts";
+import { kindOf, type Tensor } from "./op/tensor.ts";
 import { detectPlatform, kernelRegistry } from "./platforms.ts";
 import { Executor } from "./tune/executor.ts";
 import { Invocation, type InvocationInit } from "./tune/invocation.ts";
@@ -40,6 +40,8 @@ export type MlaExecutor = Executor<MlaCall, FlashMLAConfig, Tensor>;
 
 /** A validated call with the target that it was resolved to. */
 export class MlaInvocation extends Invocation<MlaCall> {
+  /** The call's tensors as they were when the call was made; the data are the caller's. */
+  readonly inputs: MlaInputs;
   /** The call's dimensions. */
   readonly problem: MlaProblem;
   /** Where it will run. */
@@ -49,11 +51,13 @@ export class MlaInvocation extends Invocation<MlaCall> {
    * Made by {@link FlashMLA.prepare}.
    *
    * @param init What identifies the call.
+   * @param inputs The call's tensors.
    * @param problem The call's dimensions.
    * @param target Where it will run.
    */
-  constructor(init: InvocationInit<MlaCall>, problem: MlaProblem, target: MlaTarget) {
+  constructor(init: InvocationInit<MlaCall>, inputs: MlaInputs, problem: MlaProblem, target: MlaTarget) {
     super(init);
+    this.inputs = inputs;
     this.problem = problem;
     this.target = target;
   }
@@ -88,12 +92,14 @@ export class FlashMLA extends Kernel<MlaCall, FlashMLAConfig, Tensor> {
    * @throws {FlashMLAError} When the call is malformed or its platform is not to be had.
    */
   override async prepare(call: MlaCall): Promise<MlaInvocation> {
-    const { inputs, options = {} } = call;
-    const problem = mlaProblem(inputs, options);
-    const asked = options.platform ?? "auto";
-    const platform = asked === "auto" && options.cfg !== undefined
-      ? options.cfg.platform
-      : await detectPlatform(this.opId, asked);
+    const { options = {} } = call;
+    const problem = mlaProblem(call.inputs, options);
+    checkOptions(options);
+    const inputs = snapshot(call.inputs);
+    const { platform: asked = "auto", cfg, device } = options;
+    // What a call brings along says where it runs: a configuration names its platform, a device is WebGPU's.
+    const implied = cfg?.platform ?? (device === undefined ? "auto" : "webgpu");
+    const platform = await detectPlatform(this.opId, asked === "auto" ? implied : asked);
     const target = await kernelRegistry.get(this.opId, { platform }).open(options.device);
     const { cuSeqlens, ...dimensions } = problem;
     return new MlaInvocation(
@@ -105,6 +111,7 @@ export class FlashMLA extends Kernel<MlaCall, FlashMLAConfig, Tensor> {
         signature: { dtype: "f32", ...dimensions, sequences: cuSeqlens === null ? null : cuSeqlens.length - 1 },
         bucket: lengthBucket(problem),
       },
+      inputs,
       problem,
       target,
     );
@@ -142,9 +149,9 @@ export class FlashMLA extends Kernel<MlaCall, FlashMLAConfig, Tensor> {
    * @returns The attention output, `[batch, queryLength, queryHeads, vHeadDim]`.
    */
   override async run(invocation: Invocation<MlaCall>, cfg: FlashMLAConfig): Promise<Tensor> {
-    const { problem, target, call } = prepared(invocation);
+    const { problem, target, inputs } = prepared(invocation);
     this.checkCfg(invocation, cfg);
-    return await target.run(problem, call.inputs, cfg);
+    return await target.run(problem, inputs, cfg);
   }
 
   /** A good configuration without measuring: by the number of workgroups that a problem gives each tile. */
@@ -161,8 +168,8 @@ export class FlashMLA extends Kernel<MlaCall, FlashMLAConfig, Tensor> {
 
   /** Compiles a candidate and uploads the call's own inputs. */
   override trial(invocation: Invocation<MlaCall>, cfg: FlashMLAConfig): Promise<Trial<Tensor>> {
-    const { problem, target, call } = prepared(invocation);
-    return target.trial(problem, call.inputs, cfg);
+    const { problem, target, inputs } = prepared(invocation);
+    return target.trial(problem, inputs, cfg);
   }
 
   /** Milliseconds of known work on the call's device; null where only the host clock is to be had. */
@@ -186,6 +193,24 @@ export class FlashMLA extends Kernel<MlaCall, FlashMLAConfig, Tensor> {
     }
     const error = norm === 0 ? Math.sqrt(difference) : Math.sqrt(difference / norm);
     return { ok: error <= agreement, detail: `relL2 ${error.toExponential(2)} against the best known output` };
+  }
+}
+
+const knownOptions = ["softmaxScale", "causal", "platform", "cfg", "executor", "device"];
+
+function checkOptions(options: MlaOptions): void {
+  const refuse = (why: string) => {
+    throw new FlashMLAError("invalid-input", `Cannot run MLA: ${why}`);
+  };
+  for (const name of Object.keys(options)) {
+    if (!knownOptions.includes(name)) refuse(`unknown option "${name}"; known are ${knownOptions.join(", ")}`);
+  }
+  const { device, cfg } = options;
+  if (device !== undefined && typeof device?.createBuffer !== "function") {
+    refuse(`device must be a GPUDevice, got ${kindOf(device)}`);
+  }
+  if (cfg !== undefined && (typeof cfg !== "object" || cfg === null)) {
+    refuse(`cfg must be a FlashMLAConfig, got ${kindOf(cfg)}`);
   }
 }
 
@@ -223,7 +248,8 @@ export function defaultExecutor(): MlaExecutor {
  * ```
  *
  * The first call for a kind of shape measures which tile configuration is fastest on this device and remembers it; see
- * {@link ConfigSelectorChain}. The caller's tensors are read, never written. A query that sees no key gives a zero row.
+ * {@link ConfigSelectorChain}. The caller's tensors are read, never written; leave their data unchanged until the promise
+ * settles. A query that sees no key gives a zero row.
  *
  * @param inputs The tensors; see {@link MlaInputs} for their shapes.
  * @param options Mask, scale, platform and configuration.
@@ -248,5 +274,8 @@ export function defaultExecutor(): MlaExecutor {
  */
 export async function mlaAttention(inputs: MlaInputs, options: MlaOptions = {}): Promise<Tensor> {
   const executor = options?.executor ?? defaultExecutor();
+  if (typeof executor.run !== "function") {
+    throw new FlashMLAError("invalid-input", `Cannot run MLA: executor must be an Executor, got ${kindOf(executor)}`);
+  }
   return await executor.run(flashMLA, { inputs, options }, { cfg: options?.cfg });
 }

@@ -12,6 +12,7 @@ import {
   kernelRegistry,
   mlaAttention,
   type MlaCall,
+  type MlaInputs,
   overlayCache,
   type SelectionEvent,
   type Tensor,
@@ -281,5 +282,36 @@ describe("kernelRegistry", () => {
       "reference",
       "xla",
     ]);
+  });
+});
+
+describe("mlaAttention() and its caller", () => {
+  test("refuses options that do not exist, and names those that do", async () => {
+    const error = await assertRejects(
+      () => mlaAttention(inputs, { casual: true } as object),
+      FlashMLAError,
+      'unknown option "casual"; known are softmaxScale, causal',
+    );
+    assertEquals(error.code, "invalid-input");
+  });
+
+  for (const [name, value] of [["device", {}], ["device", null], ["cfg", null], ["executor", 5]] as const) {
+    test(`refuses ${name}: ${JSON.stringify(value)} by name`, async () => {
+      const error = await assertRejects(() => mlaAttention(inputs, { [name]: value } as object), FlashMLAError, name);
+      assertEquals(error.code, "invalid-input");
+    });
+  }
+
+  test("is not confused by shapes and fields that change after the call", async () => {
+    for (const platform of skip === false ? ["reference", "webgpu"] as const : ["reference"] as const) {
+      const drawn = randomCall(shape);
+      const cfg = platform === "webgpu" ? { cfg: smallConfig } : {};
+      const expected = await mlaAttention(drawn.inputs, { ...drawn.options, platform, ...cfg });
+      const changing = structuredClone(drawn.inputs) as { -readonly [K in keyof MlaInputs]: MlaInputs[K] };
+      const result = mlaAttention(changing, { ...drawn.options, platform, ...cfg });
+      (changing.wKc.shape as number[]).reverse();
+      changing.wVc = changing.wKc;
+      assertEquals(await result, expected);
+    }
   });
 });

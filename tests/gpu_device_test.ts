@@ -1,6 +1,17 @@
 import { describe, test } from "node:test";
 import { assert, assertEquals, assertRejects, assertStrictEquals } from "@std/assert";
-import { FlashMLAError, mlaAttention } from "../mod.ts";
+import {
+  ConfigSelectorChain,
+  defaultExecutor,
+  Executor,
+  type FlashMLAConfig,
+  FlashMLAError,
+  mlaAttention,
+  type MlaCall,
+  policyOverride,
+  type Tensor,
+  Tuner,
+} from "../mod.ts";
 import type { GpuLimits } from "../src/gpu/capabilities.ts";
 import { type GpuContext, gpuContext } from "../src/gpu/device.ts";
 import { webgpuTarget } from "../src/gpu/webgpu_implementation.ts";
@@ -187,5 +198,56 @@ describe("PipelineCache", { skip }, () => {
     const { pipelines } = await gpuContext();
     const code = "@compute @workgroup_size(1) fn main() {}";
     assertStrictEquals(await pipelines.get("a", code), await pipelines.get("b", code));
+  });
+});
+
+describe("calls that are out of the ordinary", { skip }, () => {
+  const agrees = async (changes: Partial<ProblemShape>, more: Parameters<typeof mlaAttention>[1] = {}) => {
+    const drawn = randomCall({ ...shape, batch: 1, ...changes });
+    const oracle = await mlaAttention(drawn.inputs, { ...drawn.options, platform: "reference" });
+    const result = await mlaAttention(drawn.inputs, { ...drawn.options, platform: "webgpu", ...more });
+    assertClose(result, oracle, { relL2: 1e-5 });
+  };
+
+  test("value heads wider than the ordinary tiles hold", async () => {
+    await policyOverride(defaultExecutor().chain, { cacheMissFallback: "heuristics" }, () => agrees({ vHeadDim: 512 }));
+  });
+
+  test("value heads wider than any tile are refused by the limit's name", async () => {
+    await policyOverride(defaultExecutor().chain, { cacheMissFallback: "heuristics" }, async () => {
+      const error = await assertRejects(() => agrees({ vHeadDim: 16384 }), FlashMLAError, "vHeadDim 16384");
+      assert(error.message.includes("maxComputeWorkgroupStorageSize"));
+    });
+  });
+
+  test("a piece of nothing but empty sequences", async () => {
+    const target = webgpuTarget(await limited({ maxStorageBufferBindingSize: 4096 }));
+    const drawn = randomCall({ ...shape, batch: 1, queryLength: 60, keyLength: 60, cuSeqlens: [0, 0, 60], kvHeads: 1 });
+    const dimensions = mlaProblem(drawn.inputs, drawn.options);
+    assertClose(
+      await target.run(dimensions, drawn.inputs, smallConfig),
+      referenceMlaAttention(drawn.inputs, dimensions),
+      { relL2: 1e-5 },
+    );
+  });
+
+  test("data in shared memory", async () => {
+    const data = new Float32Array(new SharedArrayBuffer(inputs.query.data.byteLength));
+    data.set(inputs.query.data);
+    assertClose(await mlaAttention({ ...inputs, query: { ...inputs.query, data } }, onGpu), expected, { relL2: 1e-5 });
+  });
+
+  test("one call's tensors tuned on two devices at once", async () => {
+    const tuned = () =>
+      new Executor<MlaCall, FlashMLAConfig, Tensor>(
+        new ConfigSelectorChain({ tuner: new Tuner({ totalBudgetMs: 200 }) }),
+      );
+    const device = await openDevice();
+    const results = await Promise.all([
+      mlaAttention(inputs, { ...options, platform: "webgpu", executor: tuned() }),
+      mlaAttention(inputs, { ...options, device, executor: tuned() }),
+    ]);
+    for (const result of results) assertClose(result, expected, { relL2: 1e-5 });
+    device.destroy();
   });
 });

@@ -220,17 +220,32 @@ const refusals: [title: string, inputs: object, options: object, message: string
   ["values of no width", { ...good, wVc: zeros(8, 3, 0) }, {}, "vHeadDim must be at least 1, got 0"],
 
   // Options.
-  ["a softmaxScale of 0", good, { softmaxScale: 0 }, "softmaxScale must be a finite number above 0, got 0"],
-  ["a negative softmaxScale", good, { softmaxScale: -1 }, "softmaxScale must be a finite number above 0, got -1"],
-  ["a NaN softmaxScale", good, { softmaxScale: NaN }, "softmaxScale must be a finite number above 0, got NaN"],
+  ["a softmaxScale of 0", good, { softmaxScale: 0 }, "softmaxScale must be a finite float32 number above 0, got 0"],
+  [
+    "a negative softmaxScale",
+    good,
+    { softmaxScale: -1 },
+    "softmaxScale must be a finite float32 number above 0, got -1",
+  ],
+  ["a NaN softmaxScale", good, { softmaxScale: NaN }, "softmaxScale must be a finite float32 number above 0, got NaN"],
   [
     "an infinite softmaxScale",
     good,
     { softmaxScale: Infinity },
-    "softmaxScale must be a finite number above 0, got Inf",
+    "softmaxScale must be a finite float32 number above 0, got Inf",
   ],
-  ["a null softmaxScale", good, { softmaxScale: null }, "softmaxScale must be a finite number above 0, got null"],
-  ["a softmaxScale in a string", good, { softmaxScale: "1" }, 'softmaxScale must be a finite number above 0, got "1"'],
+  [
+    "a null softmaxScale",
+    good,
+    { softmaxScale: null },
+    "softmaxScale must be a finite float32 number above 0, got null",
+  ],
+  [
+    "a softmaxScale in a string",
+    good,
+    { softmaxScale: "1" },
+    'softmaxScale must be a finite float32 number above 0, got "1"',
+  ],
   ["a causal that is no boolean", good, { causal: 1 }, "causal must be true or false, got 1"],
 
   // Packed sequences.

@@ -4,6 +4,7 @@ import type { FlashMLAConfig } from "../op/config.ts";
 import { ceilPowerOfTwo, longestSequence } from "../op/length_bucket.ts";
 import type { MlaProblem } from "../op/mla_problem.ts";
 import { whyInvalid } from "./attention_plan.ts";
+import { FlashMLAError } from "../op/errors.ts";
 import type { Capabilities } from "./capabilities.ts";
 
 type Tiling = Pick<FlashMLAConfig, "blockQ" | "blockK" | "numWarps" | "rowsPerThread">;
@@ -47,6 +48,9 @@ const softwareTilings: readonly Tiling[] = [
   tiling(256, 256, 16, 8),
 ];
 
+/** For value heads so wide that the other tiles run out of registers: 64 invocations share a row. */
+const wideTiling = tiling(16, 256, 8, 4);
+
 /** How slices are staged, best first; each tiling takes the first ones that fit its device. */
 const gpuStagings: readonly Staging[] = [
   staging(2, 8, 2),
@@ -72,13 +76,14 @@ function expandBlock(problem: MlaProblem): number {
 /**
  * The configurations worth measuring on a device, for all problems whose lengths fall in the same powers of two.
  *
- * @returns Valid configurations, best guess first; never empty on a device that keeps WebGPU's default limits.
+ * @returns Valid configurations, best guess first; never empty.
+ * @throws {FlashMLAError} With code `limit` when the value heads are too wide for every tile.
  */
 export function candidateConfigs(problem: MlaProblem, capabilities: Capabilities): FlashMLAConfig[] {
   const rows = ceilPowerOfTwo(longestSequence(problem));
   const [tilings, stagings] = capabilities.software ? [softwareTilings, softwareStagings] : [gpuTilings, gpuStagings];
   const found: FlashMLAConfig[] = [];
-  for (const tile of tilings) {
+  for (const tile of [...tilings, ...(problem.vHeadDim > 256 ? [wideTiling] : [])]) {
     // A tile that is mostly padding is not worth its compile time; the smallest one stays for every problem.
     if (tile.blockQ > 32 && tile.blockQ >= 2 * rows) continue;
     const fitting = stagings
@@ -92,6 +97,14 @@ export function candidateConfigs(problem: MlaProblem, capabilities: Capabilities
       }))
       .filter((config) => whyInvalid(config, problem, capabilities.limits) === null);
     found.push(...fitting.slice(0, stagingsPerTiling));
+  }
+  if (found.length === 0) {
+    const { maxComputeWorkgroupStorageSize, maxComputeInvocationsPerWorkgroup } = capabilities.limits;
+    throw new FlashMLAError(
+      "limit",
+      `Cannot run MLA on this device: no tile fits vHeadDim ${problem.vHeadDim}, maxComputeWorkgroupStorageSize is ` +
+        `${maxComputeWorkgroupStorageSize} and maxComputeInvocationsPerWorkgroup is ${maxComputeInvocationsPerWorkgroup}`,
+    );
   }
   const best = found.indexOf(bestGuess(found, problem, capabilities));
   return [...found.splice(best, 1), ...found];

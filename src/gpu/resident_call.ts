@@ -63,7 +63,10 @@ export class ResidentCall {
     // A rotary part of width 0 has no data and is not bound; Deno's writeBuffer panics on an empty ArrayBuffer.
     if (data.byteLength === 0) return;
     const buffer = this.#borrow(operand, data.byteLength);
-    this.#context.device.queue.writeBuffer(buffer, 0, data.buffer as ArrayBuffer, data.byteOffset, data.byteLength);
+    // Engines take no shared memory: what is shared with other threads is copied first.
+    const source = data.buffer instanceof ArrayBuffer ? data : new Float32Array(data);
+    const bytes = source.buffer as ArrayBuffer;
+    this.#context.device.queue.writeBuffer(buffer, 0, bytes, source.byteOffset, source.byteLength);
   }
 }
 

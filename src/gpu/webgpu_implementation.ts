@@ -60,9 +60,11 @@ class WebGpuTarget implements MlaTarget {
     const data = new Float32Array(elementCount(shape));
     if (isEmpty(problem)) return { data, shape };
     const parts = this.#pieces(problem, inputs);
+    // Every piece is planned before the first one runs: a limit is told before any work.
+    if (parts.length > 1) { for (const part of parts) this.#plan(part.problem, cfg); }
     for (const part of parts) {
       const result = await this.#runPiece(part, cfg);
-      if (parts.length === 1) return result;
+      if (part.problem === problem) return result;
       data.set(result.data, part.queryRow * shape[2] * shape[3]);
     }
     return { data, shape };
@@ -98,11 +100,12 @@ class WebGpuTarget implements MlaTarget {
   #pieces(problem: MlaProblem, inputs: MlaInputs): Piece[] {
     const { kvLoraRank, qkNopeHeadDim, qkRopeHeadDim, vHeadDim } = problem;
     const widest = Math.max(kvLoraRank, qkNopeHeadDim, qkRopeHeadDim, vHeadDim);
-    return pieces(
+    const parts = pieces(
       problem,
       inputs,
       Math.floor(this.#context.capabilities.limits.maxStorageBufferBindingSize / (4 * widest)),
     );
+    return parts.filter((part) => !isEmpty(part.problem));
   }
 
   async #runPiece({ problem, inputs }: Piece, cfg: FlashMLAConfig): Promise<Tensor> {
@@ -124,7 +127,14 @@ class WebGpuTarget implements MlaTarget {
     return attentionPlan(problem, cfg, this.#context.capabilities.limits);
   }
 
+  #sharedCalls(): WeakMap<MlaInputs, SharedCall> {
+    const known = tunedCalls.get(this.#context) ?? new WeakMap<MlaInputs, SharedCall>();
+    tunedCalls.set(this.#context, known);
+    return known;
+  }
+
   #share(inputs: MlaInputs, make: () => ResidentCall): { readonly resident: ResidentCall; release(): void } {
+    const sharedCalls = this.#sharedCalls();
     const shared = sharedCalls.get(inputs) ?? { resident: make(), users: 0 };
     sharedCalls.set(inputs, shared);
     shared.users++;
@@ -142,8 +152,13 @@ class WebGpuTarget implements MlaTarget {
   }
 }
 
-/** The memory of calls that are being tuned. */
-const sharedCalls = new WeakMap<MlaInputs, { readonly resident: ResidentCall; users: number }>();
+interface SharedCall {
+  readonly resident: ResidentCall;
+  users: number;
+}
+
+/** The memory of calls that are being tuned, by device. */
+const tunedCalls = new WeakMap<GpuContext, WeakMap<MlaInputs, SharedCall>>();
 
 function isEmpty({ batch, queryLength, keyLength }: MlaProblem): boolean {
   return batch * queryLength * keyLength === 0;

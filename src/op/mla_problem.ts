@@ -120,8 +120,10 @@ export function mlaProblem(inputs: MlaInputs, options: MlaMathOptions = {}): Mla
   }
 
   const { softmaxScale = 1 / Math.sqrt(qkNopeHeadDim + qkRopeHeadDim), causal = false } = options;
-  if (typeof softmaxScale !== "number" || !Number.isFinite(softmaxScale) || softmaxScale <= 0) {
-    fail(`softmaxScale must be a finite number above 0, got ${kindOf(softmaxScale)}`);
+  if (
+    typeof softmaxScale !== "number" || !(softmaxScale > 0) || !Number.isFinite(Math.fround(softmaxScale * Math.LOG2E))
+  ) {
+    fail(`softmaxScale must be a finite float32 number above 0, got ${kindOf(softmaxScale)}`);
   }
   if (typeof causal !== "boolean") fail(`causal must be true or false, got ${kindOf(causal)}`);
 
@@ -139,6 +141,21 @@ export function mlaProblem(inputs: MlaInputs, options: MlaMathOptions = {}): Mla
     causal,
     softmaxScale,
     cuSeqlens: checkCuSeqlens(inputs.cuSeqlens, batch, queryLength, keyLength),
+  };
+}
+
+/** The inputs as they are now: what the caller does to the objects afterwards changes nothing. The data are not copied. */
+export function snapshot(inputs: MlaInputs): MlaInputs {
+  const hold = ({ data, shape }: Tensor): Tensor => ({ data, shape: [...shape] });
+  const { query, keyValue, wKc, wVc, bQ, bK, cuSeqlens } = inputs;
+  return {
+    query: hold(query),
+    keyValue: hold(keyValue),
+    wKc: hold(wKc),
+    wVc: hold(wVc),
+    ...(bQ && { bQ: hold(bQ) }),
+    ...(bK && { bK: hold(bK) }),
+    ...(cuSeqlens && { cuSeqlens: Array.from(cuSeqlens) }),
   };
 }
 

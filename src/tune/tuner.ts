@@ -30,8 +30,8 @@ export interface TunerOptions {
  * Finds the fastest configuration by measuring. Every candidate is compiled, its output checked against the heuristic's,
  * warmed up, and timed in rounds with the others, so that a change of the card's clock meets all of them alike.
  *
- * The first call of a new shape pays for this: never much more than `totalBudgetMs`, and one candidate more where a
- * single run is slower than that. What there is no time for is recorded as rejected.
+ * The first call of a new shape pays for this: about `totalBudgetMs`, and longer where the
+ * candidates being compiled or a single run take longer than that: neither is interrupted. What there is no time for is recorded as rejected.
  */
 export class Tuner {
   readonly #limits: TuningLimits;

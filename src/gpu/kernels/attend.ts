@@ -83,6 +83,7 @@ export function whyInvalid(tile: AttendTile, shape: AttendShape, limits: GpuLimi
   for (const [name, value] of Object.entries({ blockQ, blockK, numWarps, blockDepth, rowsPerThread })) {
     if (!Number.isInteger(value) || value < 1) return `${name} must be a positive integer, got ${value}`;
   }
+  if (typeof tile.unrollDepth !== "boolean") return `unrollDepth must be true or false, got ${tile.unrollDepth}`;
   if (numStages !== 1 && numStages !== 2) return `numStages must be 1 or 2, got ${numStages}`;
   if (![1, 2].includes(probKeys) && probKeys % 4 !== 0) {
     return `probKeys must be 1, 2 or a multiple of 4, got ${probKeys}`;
