@@ -33,7 +33,10 @@ const large: Capabilities = {
   engine: "test",
   adapter: "a large card",
   software: false,
-  timestamps: true,
+  f16: true,
+  subgroups: null,
+  timestamps: "exact",
+  subgroupMatrices: [],
   limits: { ...defaultLimits, maxComputeWorkgroupStorageSize: 49152, maxComputeInvocationsPerWorkgroup: 1024 },
 };
 const small: Capabilities = { ...large, adapter: "the least WebGPU allows", limits: defaultLimits };

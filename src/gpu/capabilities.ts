@@ -40,6 +40,30 @@ export const defaultLimits: GpuLimits = {
   maxStorageBuffersPerShaderStage: 8,
 };
 
+/** Groups of invocations that exchange values without workgroup memory. */
+export interface Subgroups {
+  /** Fewest invocations of a subgroup. */
+  readonly minSize: number;
+  /** Most invocations of a subgroup. */
+  readonly maxSize: number;
+  /** Whether WGSL must say `enable subgroups;` (Dawn, browsers) or must not (Deno). */
+  readonly directive: boolean;
+}
+
+/** One shape of the matrix multiplication that a subgroup does as a whole: M × K times K × N. */
+export interface SubgroupMatrixConfig {
+  /** Element type of both factors, such as `f16`. */
+  readonly componentType: string;
+  /** Element type of the product and the sum, such as `f32`. */
+  readonly resultComponentType: string;
+  /** Rows of the left factor. */
+  readonly M: number;
+  /** Columns of the right factor. */
+  readonly N: number;
+  /** Columns of the left factor. */
+  readonly K: number;
+}
+
 /** A device as kernels and tuning see it. */
 export interface Capabilities {
   /** The WebGPU implementation and its version, such as `wgpu (Deno 2.9.6)`. */
@@ -48,8 +72,14 @@ export interface Capabilities {
   readonly adapter: string;
   /** Whether the adapter runs on the CPU, as far as its name tells. */
   readonly software: boolean;
-  /** Whether the device was opened with timestamp queries. */
-  readonly timestamps: boolean;
+  /** Whether kernels may use half precision (`shader-f16`). */
+  readonly f16: boolean;
+  /** The subgroups that kernels may use, or null. */
+  readonly subgroups: Subgroups | null;
+  /** Timestamp queries: none, in full resolution, or rounded by the engine to coarse steps. */
+  readonly timestamps: "none" | "exact" | "quantised";
+  /** The subgroup matrices that the device was opened with; empty without the feature. */
+  readonly subgroupMatrices: readonly SubgroupMatrixConfig[];
   /** The device's limits. */
   readonly limits: GpuLimits;
 }
@@ -64,15 +94,25 @@ export function capabilitiesOf(device: GPUDevice, adapterInfo: GPUAdapterInfo | 
     engine: engineName(),
     adapter,
     software: /llvmpipe|lavapipe|swiftshader|software|basic render/i.test(adapter),
-    timestamps: device.features.has("timestamp-query"),
+    f16: device.features.has("shader-f16"),
+    subgroups: null,
+    timestamps: device.features.has("timestamp-query") ? "exact" : "none",
+    subgroupMatrices: [],
     limits: limits as unknown as GpuLimits,
   };
 }
 
 /** One line that two devices share exactly when a configuration tuned on one is valid on the other. */
 export function deviceFingerprint(capabilities: Capabilities): string {
-  const { engine, adapter, timestamps, limits } = capabilities;
-  return [engine, adapter, timestamps ? "timestamps" : "wall", ...limitNames.map((name) => limits[name])].join("; ");
+  const { engine, adapter, f16, subgroups, timestamps, limits } = capabilities;
+  return [
+    engine,
+    adapter,
+    f16 ? "f16" : "no f16",
+    subgroups === null ? "no subgroups" : `subgroups ${subgroups.minSize} to ${subgroups.maxSize}`,
+    `timestamps ${timestamps}`,
+    ...limitNames.map((name) => limits[name]),
+  ].join("; ");
 }
 
 function engineName(): string {

@@ -107,7 +107,8 @@ async function openOwn(): Promise<GpuContext> {
     );
   }
   const requiredLimits = Object.fromEntries(limitNames.map((name) => [name, Number(adapter.limits[name])]));
-  const requiredFeatures: GPUFeatureName[] = adapter.features.has("timestamp-query") ? ["timestamp-query"] : [];
+  const wanted: GPUFeatureName[] = ["timestamp-query", "shader-f16"];
+  const requiredFeatures = wanted.filter((name) => adapter.features.has(name));
   return adopt(await adapter.requestDevice({ label: "flash-mla", requiredLimits, requiredFeatures }), adapter.info);
 }
 

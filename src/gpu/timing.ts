@@ -15,7 +15,7 @@ const methods = new WeakMap<GpuContext, Promise<TimingMethod>>();
 export function timingMethod(context: GpuContext): Promise<TimingMethod> {
   let method = methods.get(context);
   if (method === undefined) {
-    method = context.capabilities.timestamps ? calibrate(context) : Promise.resolve("wall");
+    method = context.capabilities.timestamps !== "none" ? calibrate(context) : Promise.resolve("wall");
     methods.set(context, method);
   }
   return method;
