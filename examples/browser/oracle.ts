@@ -1,0 +1,38 @@
+/// <reference lib="dom" />
+// The oracle, asked from the page.
+
+import type { MlaInputs, Tensor } from "../../mod.ts";
+
+/** What the worker is asked. */
+export interface OracleQuestion {
+  readonly inputs: MlaInputs;
+  /** How often to run. */
+  readonly repeats: number;
+}
+
+/** What it answers. */
+export interface OracleAnswer {
+  readonly output: Tensor;
+  /** Milliseconds of each run. */
+  readonly times: readonly number[];
+}
+
+/** The reference platform in a worker, one question at a time. */
+export class Oracle {
+  readonly #worker = new Worker(new URL("./oracle_worker.js", import.meta.url), { type: "module" });
+
+  /** Computes a call, unmasked and with the default scale. */
+  ask(inputs: MlaInputs, repeats: number): Promise<OracleAnswer> {
+    return new Promise((resolve, reject) => {
+      this.#worker.onmessage = ({ data }: MessageEvent<OracleAnswer>) => resolve(data);
+      this.#worker.onerror = ({ message }) => reject(new Error(`The oracle's worker failed: ${message}`));
+      const question: OracleQuestion = { inputs, repeats };
+      this.#worker.postMessage(question);
+    });
+  }
+
+  /** Ends the worker, whatever it is doing. */
+  close(): void {
+    this.#worker.terminate();
+  }
+}

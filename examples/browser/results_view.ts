@@ -1,0 +1,101 @@
+/// <reference lib="dom" />
+// The results on the page: a summary, the chart and the table. All three grow with the run.
+
+import { chart, type Series } from "./chart.ts";
+import { type Row, tolerance } from "./measurement.ts";
+import { configInWords, duration, errorInWords, sourceInWords, summary } from "./wording.ts";
+
+interface Column {
+  readonly name: string;
+  readonly isNumber: boolean;
+  cell(row: Row): string | Node;
+}
+
+const columns: readonly Column[] = [
+  { name: "Tokens", isNumber: true, cell: ({ tokens }) => tokens.toLocaleString("en") },
+  { name: "One call", isNumber: true, cell: ({ ms }) => duration(ms) },
+  { name: "Oracle", isNumber: true, cell: ({ oracleMs }) => oracleMs === null ? "–" : duration(oracleMs) },
+  { name: "Error (relL2)", isNumber: false, cell: errorCell },
+  { name: "Configuration", isNumber: false, cell: configCell },
+];
+
+/**
+ * Shows rows in place of those shown before.
+ *
+ * @param rows What has been measured so far; at least one row.
+ */
+export function showRows(rows: readonly Row[]): void {
+  byId("results").hidden = false;
+  byId("summary").textContent = summary(rows);
+  const table = byId("table") as HTMLTableElement;
+  const headers = columns.map(({ name, isNumber }) => cell("th", { text: name, isNumber, scope: "col" }));
+  table.tHead!.replaceChildren(line(headers));
+  table.tBodies[0].replaceChildren(...rows.map((row) => line(columns.map((column, i) => tableCell(column, row, i)))));
+  drawChart(rows);
+}
+
+/**
+ * Draws the chart again, at the width that it has now.
+ *
+ * @param rows What it shows.
+ */
+export function drawChart(rows: readonly Row[]): void {
+  const figure = byId("chart");
+  if (rows.length === 0 || figure.clientWidth === 0) return;
+  figure.replaceChildren(chart(figure.clientWidth, seriesOf(rows)));
+}
+
+/** Hides all of it. */
+export function hideRows(): void {
+  byId("results").hidden = true;
+}
+
+/** The element with an id that the page has. */
+export function byId(id: string): HTMLElement {
+  return document.getElementById(id)!;
+}
+
+function seriesOf(rows: readonly Row[]): Series[] {
+  const isReference = rows[0].config === null;
+  const call: Series = { name: isReference ? "Reference" : "WebGPU", kind: "call", points: rows };
+  const oracle = rows.flatMap(({ tokens, oracleMs }) => oracleMs === null ? [] : [{ tokens, ms: oracleMs }]);
+  return oracle.length === 0 ? [call] : [call, { name: "Oracle", kind: "oracle", points: oracle }];
+}
+
+function tableCell({ name, isNumber, cell: content }: Column, row: Row, index: number): HTMLElement {
+  const made = cell(index === 0 ? "th" : "td", { text: "", isNumber, ...(index === 0 && { scope: "row" }) });
+  made.dataset.label = name;
+  const box = document.createElement("span");
+  box.append(content(row));
+  made.append(box);
+  return made;
+}
+
+function configCell(row: Row): Node {
+  const made = document.createDocumentFragment();
+  const source = document.createElement("small");
+  source.textContent = sourceInWords(row);
+  made.append(configInWords(row.config), source);
+  return made;
+}
+
+function errorCell(row: Row): Node {
+  const made = document.createElement("span");
+  made.textContent = errorInWords(row);
+  if (row.relL2 !== null && !(row.relL2 <= tolerance)) made.className = "over";
+  return made;
+}
+
+function cell(tag: "th" | "td", { text, isNumber, scope }: { text: string; isNumber: boolean; scope?: string }) {
+  const made = document.createElement(tag);
+  made.textContent = text;
+  if (isNumber) made.className = "number";
+  if (scope !== undefined) made.setAttribute("scope", scope);
+  return made;
+}
+
+function line(cells: readonly HTMLElement[]): HTMLTableRowElement {
+  const made = document.createElement("tr");
+  made.append(...cells);
+  return made;
+}
