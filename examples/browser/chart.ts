@@ -99,7 +99,7 @@ function legend(series: readonly Series[]): SVGGElement {
       element("text", { x: left + 38, y: 14, "dominant-baseline": "central" }, name),
     );
     group.append(entry);
-    left += 38 + name.length * 7.5 + 18; // a letter of the chart's font is about 7.5 pixels wide
+    left += 38 + name.length * 9 + 20; // wide letters of the chart's font take about 9 pixels
   }
   return group;
 }

@@ -139,9 +139,10 @@ function explain(reason: unknown): Result["error"] {
   }
   const message = reason instanceof Error ? reason.message : String(reason);
   const code = reason instanceof FlashMLAError ? reason.code : "unexpected";
-  const heading = document.createElement("strong");
-  heading.textContent = code === "device" ? "The GPU failed. " : "The run failed. ";
-  byId("failure").replaceChildren(heading, message);
+  const [heading, details] = [document.createElement("strong"), document.createElement("p")];
+  heading.textContent = code === "device" ? "The GPU failed." : "The run failed.";
+  details.textContent = message;
+  byId("failure").replaceChildren(heading, code === "device" ? " “Run again” opens it anew." : "", details);
   byId("failure").hidden = false;
   say(`Failed at ${label}.`);
   return { code, message };

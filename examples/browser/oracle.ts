@@ -17,6 +17,11 @@ export interface OracleAnswer {
   readonly times: readonly number[];
 }
 
+/** What it answers when it cannot. */
+export interface OracleFailure {
+  readonly failure: string;
+}
+
 /** The reference platform in a worker, one question at a time. */
 export class Oracle {
   readonly #worker = new Worker(new URL("./oracle_worker.js", import.meta.url), { type: "module" });
@@ -24,8 +29,10 @@ export class Oracle {
   /** Computes a call, unmasked and with the default scale. */
   ask(inputs: MlaInputs, repeats: number): Promise<OracleAnswer> {
     return new Promise((resolve, reject) => {
-      this.#worker.onmessage = ({ data }: MessageEvent<OracleAnswer>) => resolve(data);
-      this.#worker.onerror = ({ message }) => reject(new Error(`The oracle's worker failed: ${message}`));
+      const fail = (why: string) => reject(new Error(`The oracle's worker failed: ${why}`));
+      this.#worker.onmessage = ({ data }: MessageEvent<OracleAnswer | OracleFailure>) =>
+        "failure" in data ? fail(data.failure) : resolve(data);
+      this.#worker.onerror = ({ message }) => fail(message);
       const question: OracleQuestion = { inputs, repeats };
       this.#worker.postMessage(question);
     });

@@ -11,9 +11,13 @@ interface Column {
   cell(row: Row): string | Node;
 }
 
-const columns: readonly Column[] = [
+const columnsOfAll: readonly Column[] = [
   { name: "Tokens", isNumber: true, cell: ({ tokens }) => tokens.toLocaleString("en") },
   { name: "One call", isNumber: true, cell: ({ ms }) => duration(ms) },
+];
+
+/** Columns that the reference has nothing for: it has no configurations, and is the oracle itself. */
+const columnsOfGpu: readonly Column[] = [
   { name: "Oracle", isNumber: true, cell: ({ oracleMs }) => oracleMs === null ? "–" : duration(oracleMs) },
   { name: "Error (relL2)", isNumber: false, cell: errorCell },
   { name: "Configuration", isNumber: false, cell: configCell },
@@ -27,6 +31,7 @@ const columns: readonly Column[] = [
 export function showRows(rows: readonly Row[]): void {
   byId("results").hidden = false;
   byId("summary").textContent = summary(rows);
+  const columns = isReference(rows) ? columnsOfAll : [...columnsOfAll, ...columnsOfGpu];
   const table = byId("table") as HTMLTableElement;
   const headers = columns.map(({ name, isNumber }) => cell("th", { text: name, isNumber, scope: "col" }));
   table.tHead!.replaceChildren(line(headers));
@@ -56,10 +61,13 @@ export function byId(id: string): HTMLElement {
 }
 
 function seriesOf(rows: readonly Row[]): Series[] {
-  const isReference = rows[0].config === null;
-  const call: Series = { name: isReference ? "Reference" : "WebGPU", kind: "call", points: rows };
+  const call: Series = { name: isReference(rows) ? "Reference" : "WebGPU", kind: "call", points: rows };
   const oracle = rows.flatMap(({ tokens, oracleMs }) => oracleMs === null ? [] : [{ tokens, ms: oracleMs }]);
   return oracle.length === 0 ? [call] : [call, { name: "Oracle", kind: "oracle", points: oracle }];
+}
+
+function isReference(rows: readonly Row[]): boolean {
+  return rows[0].config === null;
 }
 
 function tableCell({ name, isNumber, cell: content }: Column, row: Row, index: number): HTMLElement {
@@ -74,14 +82,14 @@ function tableCell({ name, isNumber, cell: content }: Column, row: Row, index: n
 function configCell(row: Row): Node {
   const made = document.createDocumentFragment();
   const source = document.createElement("small");
-  source.textContent = sourceInWords(row);
-  made.append(configInWords(row.config), source);
+  source.textContent = sourceInWords(row.source!, row.timed);
+  made.append(configInWords(row.config!), source);
   return made;
 }
 
 function errorCell(row: Row): Node {
   const made = document.createElement("span");
-  made.textContent = errorInWords(row);
+  made.textContent = errorInWords(row.relL2);
   if (row.relL2 !== null && !(row.relL2 <= tolerance)) made.className = "over";
   return made;
 }

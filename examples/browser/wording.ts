@@ -1,45 +1,42 @@
 // Measurements in words.
 
-import type { FlashMLAConfig } from "../../mod.ts";
+import type { ConfigSource, FlashMLAConfig } from "../../mod.ts";
 import { type Row, tolerance } from "./measurement.ts";
 
-/** A duration with its unit: `0.45 ms`, `96 ms`, `1.26 s`. */
+/** A duration with its unit, which no line break parts from it: `0.45 ms`, `96.0 ms`, `1.26 s`. */
 export function duration(ms: number): string {
-  if (ms >= 1000) return `${(ms / 1000).toFixed(ms < 10_000 ? 2 : 1)} s`;
-  return `${ms.toFixed(ms < 10 ? 2 : ms < 100 ? 1 : 0)} ms`;
+  if (ms >= 1000) return `${(ms / 1000).toFixed(ms < 10_000 ? 2 : 1)}\u00a0s`;
+  return `${ms.toFixed(ms < 10 ? 2 : ms < 100 ? 1 : 0)}\u00a0ms`;
 }
 
 /** A number of tokens as people write it. */
 export function tokensInWords(tokens: number): string {
-  return `${tokens.toLocaleString("en")} tokens`;
+  return `${tokens.toLocaleString("en")}\u00a0tokens`;
 }
 
 /** The tile of a configuration. */
-export function configInWords(config: FlashMLAConfig | null): string {
-  if (config === null) return "no tiles";
-  const { blockQ, blockK, numWarps, rowsPerThread } = config;
+export function configInWords({ blockQ, blockK, numWarps, rowsPerThread }: FlashMLAConfig): string {
   return `${blockQ} queries × ${blockK} keys, ${numWarps} ${
     numWarps === 1 ? "warp" : "warps"
   } of ${rowsPerThread} rows`;
 }
 
 /** Where a configuration came from. */
-export function sourceInWords({ source, timed }: Row): string {
-  if (source === null) return "the reference has no configurations";
-  const sources = {
-    autotune: "measured just now" + (timed === null ? "" : `, ${timed[0]} of ${timed[1]} in time`),
+export function sourceInWords(source: ConfigSource, timed: Row["timed"]): string {
+  const words: Record<ConfigSource, string> = {
+    autotune: "measured just now" + (timed === null ? "" : `; ${timed[0]} of ${timed[1]} candidates in time`),
     memory: "measured before, on this page",
     persistent: "measured on an earlier visit",
-    heuristic: "the rule of thumb, nothing to compare",
+    heuristic: "rule of thumb: the only candidate",
     overlay: "set by an overlay",
     override: "set by the caller",
   };
-  return sources[source];
+  return words[source];
 }
 
 /** An error and whether it is tolerated; or why there is none. */
-export function errorInWords({ relL2, source }: Row): string {
-  if (relL2 === null) return source === null ? "is the oracle" : "oracle would take over 2 s";
+export function errorInWords(relL2: number | null): string {
+  if (relL2 === null) return "oracle left out: over 2 s";
   return `${relL2.toExponential(1)}, ${relL2 <= tolerance ? "agrees" : `OVER ${tolerance.toExponential(0)}`}`;
 }
 
