@@ -1,5 +1,7 @@
 // Bundles modules for browsers with `deno bundle`, which is esbuild of the version that this Deno brings.
 
+import { imports } from "./bundle_imports.ts";
+
 /** How to bundle. */
 export interface BundleOptions {
   /** Folder to write to; each module gets a .js file of its own name. */
@@ -31,12 +33,6 @@ export async function bundleForBrowsers(
     const left = imports(await Deno.readTextFile(output));
     if (left.length > 0) throw new Error(`Cannot bundle ${entry.pathname}: it imports ${left.join(", ")}`);
   }
-}
-
-/** What a bundle still imports by name. */
-export function imports(code: string): string[] {
-  const pattern = /\b(?:from|import)\s*\(?\s*["']([^"']+)["']/g;
-  return [...code.matchAll(pattern)].map(([, name]) => name);
 }
 
 function fileOf(url: URL): string {

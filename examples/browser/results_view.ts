@@ -98,12 +98,15 @@ function cell(tag: "th" | "td", { text, isNumber, scope }: { text: string; isNum
   const made = document.createElement(tag);
   made.textContent = text;
   if (isNumber) made.className = "number";
+  // Said, because a table that is laid out as blocks, as on a phone, is none to screen readers otherwise.
+  made.setAttribute("role", scope === undefined ? "cell" : scope === "col" ? "columnheader" : "rowheader");
   if (scope !== undefined) made.setAttribute("scope", scope);
   return made;
 }
 
 function line(cells: readonly HTMLElement[]): HTMLTableRowElement {
   const made = document.createElement("tr");
+  made.setAttribute("role", "row");
   made.append(...cells);
   return made;
 }
