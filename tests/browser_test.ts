@@ -80,10 +80,8 @@ test("the page measures on a software adapter, agrees with the oracle, and shows
   });
 });
 
-test("a later visit finds the configurations of an earlier one", {
-  skip: skip || "browsers keep configurations in memory only",
-}, async () => {
-  await visiting(softwareWebGpu, async ({ page, url }) => {
+test("a later visit finds the configurations of an earlier one", { skip }, async () => {
+  await visiting(softwareWebGpu, async ({ page, url, complaints }) => {
     const sources: (string | null)[] = [];
     for (let i = 0; i < 2; i++) {
       await page.goto(`${url}?longest=64`);
@@ -91,6 +89,7 @@ test("a later visit finds the configurations of an earlier one", {
     }
     assertEquals(sources, ["autotune", "persistent"]);
     assert((await page.locator("#table").textContent())!.includes("measured on an earlier visit"));
+    assertEquals(complaints, []);
   });
 });
 
