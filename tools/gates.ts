@@ -115,10 +115,10 @@ async function softwareAdapter(): Promise<Record<string, string>> {
   return Object.fromEntries(lines.map((line) => [line.slice(0, line.indexOf("=")), line.slice(line.indexOf("=") + 1)]));
 }
 
-/** Every test file but those that are about the GPU. */
+/** Every test file but those that are about the GPU, or a browser. */
 function withoutGpu(): string[] {
   const names = [...Deno.readDirSync("tests")].map(({ name }) => name);
-  const chosen = names.filter((name) => name.endsWith("_test.ts") && !name.startsWith("gpu_"));
+  const chosen = names.filter((name) => name.endsWith("_test.ts") && !/^(gpu|browser)_/.test(name));
   return chosen.sort().map((name) => `tests/${name}`);
 }
 
