@@ -1,5 +1,7 @@
 // What a device can do, as far as kernels and tuning care.
 
+import type { Engine } from "./engine.ts";
+
 /** The limits of a device that decide what a kernel may use, under WebGPU's own names. */
 export interface GpuLimits {
   /** Bytes of workgroup memory per workgroup. */
@@ -85,13 +87,11 @@ export interface Capabilities {
 }
 
 /** Reads the capabilities of an open device. */
-export function capabilitiesOf(device: GPUDevice, adapterInfo: GPUAdapterInfo | undefined): Capabilities {
+export function capabilitiesOf(device: GPUDevice, engine: Engine): Capabilities {
   const limits = Object.fromEntries(limitNames.map((name) => [name, Number(device.limits[name])]));
-  const { vendor = "", architecture = "", device: model = "", description = "" } = adapterInfo ?? {};
-  const adapter = description || [vendor, architecture, model].filter((part) => part !== "").join(" ") ||
-    "unnamed adapter";
+  const adapter = adapterName(device.adapterInfo);
   return {
-    engine: engineName(),
+    engine: engine.name,
     adapter,
     software: /llvmpipe|lavapipe|swiftshader|software|basic render/i.test(adapter),
     f16: device.features.has("shader-f16"),
@@ -100,6 +100,12 @@ export function capabilitiesOf(device: GPUDevice, adapterInfo: GPUAdapterInfo | 
     subgroupMatrices: [],
     limits: limits as unknown as GpuLimits,
   };
+}
+
+/** An adapter in the driver's words, as far as the engine passes them on. */
+export function adapterName(info: GPUAdapterInfo | undefined): string {
+  const { vendor = "", architecture = "", device = "", description = "" } = info ?? {};
+  return description || [vendor, architecture, device].filter((part) => part !== "").join(" ") || "unnamed adapter";
 }
 
 /** One line that two devices share exactly when a configuration tuned on one is valid on the other. */
@@ -113,10 +119,4 @@ export function deviceFingerprint(capabilities: Capabilities): string {
     `timestamps ${timestamps}`,
     ...limitNames.map((name) => limits[name]),
   ].join("; ");
-}
-
-function engineName(): string {
-  const host = globalThis as { Deno?: { version: { deno: string } }; navigator?: { userAgent?: string } };
-  if (host.Deno !== undefined) return `wgpu (Deno ${host.Deno.version.deno})`;
-  return host.navigator?.userAgent ?? "unknown engine";
 }
