@@ -21,6 +21,7 @@ export type { MlaImplementation, MlaTarget, MlaTrial } from "./src/op/implementa
 export { deviceCapabilities, openDevice } from "./src/gpu/device.ts";
 export type { DeviceOptions } from "./src/gpu/request_device.ts";
 export type { EngineName } from "./src/gpu/engine.ts";
+export { describeCapabilities } from "./src/gpu/capabilities.ts";
 export type { Capabilities, GpuLimits, SubgroupMatrixConfig, Subgroups } from "./src/gpu/capabilities.ts";
 export { detectPlatform, kernelRegistry } from "./src/platforms.ts";
 export { KernelRegistry } from "./src/registry.ts";

@@ -3,8 +3,9 @@
 import { FlashMLAError } from "../op/errors.ts";
 import { kindOf } from "../op/tensor.ts";
 import { BufferPool } from "./buffers.ts";
+import { probe } from "./capability_probe.ts";
 import { adapterName, type Capabilities, capabilitiesOf } from "./capabilities.ts";
-import { engineOf } from "./engine.ts";
+import { adapterAdvice, engineOf } from "./engine.ts";
 import { PipelineCache } from "./pipelines.ts";
 import { type DeviceOptions, requestDevice } from "./request_device.ts";
 
@@ -156,7 +157,16 @@ async function adopt(device: GPUDevice): Promise<GpuContext> {
   // A loss that happened before we came is known only after the microtasks have run.
   await Promise.resolve();
   const named = { device, lost, capabilities: { adapter: adapterName(device.adapterInfo) } };
-  const capabilities = await unlessLost(named, async () => capabilitiesOf(device, await engineOf(device)));
+  const capabilities = await unlessLost(named, async () => {
+    const engine = await engineOf(device);
+    const findings = await probe(device, engine);
+    if (findings.computes) return capabilitiesOf(device, engine, findings);
+    throw new FlashMLAError(
+      "unsupported-platform",
+      `Cannot use the GPU device "${named.capabilities.adapter}" (${engine.name}): it gave wrong numbers for plain ` +
+        `arithmetic, as an engine does that found no driver; ${adapterAdvice()}`,
+    );
+  });
   const buffers = new BufferPool(device, capabilities.limits.maxBufferSize);
   return { device, capabilities, pipelines: new PipelineCache(device), buffers, lost };
 }

@@ -17,6 +17,8 @@ export interface Engine {
   readonly name: string;
   /** Whether WGSL says `enable subgroups;`. */
   readonly subgroupsDirective: boolean;
+  /** `OpenGL` where the device is known to run on that; empty elsewhere. */
+  readonly graphicsApi: "OpenGL" | "";
 }
 
 /**
@@ -68,15 +70,22 @@ export function hiddenFeatures(gpu: GPU): readonly string[] {
 export async function engineOf(device: GPUDevice): Promise<Engine> {
   const { name, version } = currentRuntime();
   const host = globalThis as { GPUDevice?: unknown; navigator?: { userAgent?: string } };
+  const standard = { subgroupsDirective: true, graphicsApi: "" } as const;
   if (isDawnDevice(device)) {
     const dawn = await dawnVersion();
-    return { name: `Dawn (webgpu${dawn === "" ? "" : ` ${dawn}`}, ${name} ${version})`, subgroupsDirective: true };
+    return { ...standard, name: `Dawn (webgpu${dawn === "" ? "" : ` ${dawn}`}, ${name} ${version})` };
   }
-  if (name === "browser") return { name: browserName(host.navigator?.userAgent ?? ""), subgroupsDirective: true };
+  if (name === "browser") return { ...standard, name: browserName(host.navigator?.userAgent ?? "") };
   const native = typeof host.GPUDevice === "function" && device instanceof host.GPUDevice;
-  // Naga, wgpu's compiler, refuses the directive.
-  if (name === "Deno" && native) return { name: `wgpu (Deno ${version})`, subgroupsDirective: false };
-  return { name: `unknown engine (${name} ${version})`, subgroupsDirective: true };
+  if (name !== "Deno" || !native) return { ...standard, name: `unknown engine (${name} ${version})` };
+  const { subgroupMinSize, subgroupMaxSize } = device.adapterInfo ?? {};
+  return {
+    name: `wgpu (Deno ${version})`,
+    // Naga, wgpu's compiler, refuses it.
+    subgroupsDirective: false,
+    // wgpu names an adapter alike on Vulkan and on OpenGL; only the latter leaves the sizes at all that WebGPU allows.
+    graphicsApi: subgroupMinSize === 4 && subgroupMaxSize === 128 ? "OpenGL" : "",
+  };
 }
 
 /**
