@@ -69,7 +69,9 @@ export async function dawnVersion(): Promise<string> {
   const specifier = moduleSpecifier();
   const manifest = specifier.includes("://") ? new URL("./package.json", specifier).href : `${specifier}/package.json`;
   try {
-    const { default: { name, version } } = await import(manifest, { with: { type: "json" } });
+    const { default: { name, version } } = await import(/* @vite-ignore */ /* webpackIgnore: true */ manifest, {
+      with: { type: "json" },
+    });
     return name === "webgpu" && typeof version === "string" ? version : "";
   } catch {
     return "";
@@ -78,7 +80,8 @@ export async function dawnVersion(): Promise<string> {
 
 async function loadDawn(specifier: string): Promise<DawnModule> {
   try {
-    const module = await import(specifier);
+    // Bundlers are to leave this import to the program that runs.
+    const module = await import(/* @vite-ignore */ /* webpackIgnore: true */ specifier);
     if (typeof module.create !== "function") throw new TypeError("the module has no function create()");
     return module;
   } catch (error) {

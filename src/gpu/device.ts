@@ -34,6 +34,15 @@ let opening: Promise<GpuContext> | null = null;
  * be had; the library has probed it.
  * @throws {FlashMLAError} With code `unsupported-platform` where there is no engine, no adapter that computes right, or no
  * such feature, saying what to install; `invalid-input` for options that are none.
+ *
+ * @example Dawn in Deno, beside Deno's own WebGPU
+ * ```ts ignore
+ * import { deviceCapabilities, describeCapabilities, openDevice } from "@flash-mla/webgpu";
+ *
+ * const device = await openDevice({ engine: "dawn" });
+ * console.log(describeCapabilities(await deviceCapabilities(device)));
+ * // then mlaAttention(inputs, { device }), and in the end device.destroy()
+ * ```
  */
 export async function openDevice(options: DeviceOptions = {}): Promise<GPUDevice> {
   return (await openOwn(options)).device;
