@@ -1,6 +1,7 @@
 import { describe, test } from "node:test";
 import { assert, assertEquals, assertRejects, assertStrictEquals } from "@std/assert";
 import {
+  type AnyTensor,
   ConfigSelectorChain,
   defaultExecutor,
   Executor,
@@ -9,7 +10,6 @@ import {
   mlaAttention,
   type MlaCall,
   policyOverride,
-  type Tensor,
   Tuner,
 } from "../mod.ts";
 import type { GpuLimits } from "../src/gpu/capabilities.ts";
@@ -240,7 +240,7 @@ describe("calls that are out of the ordinary", { skip }, () => {
 
   test("one call's tensors tuned on two devices at once", async () => {
     const tuned = () =>
-      new Executor<MlaCall, FlashMLAConfig, Tensor>(
+      new Executor<MlaCall, FlashMLAConfig, AnyTensor>(
         new ConfigSelectorChain({ tuner: new Tuner({ totalBudgetMs: 200 }) }),
       );
     const device = await openDevice();
