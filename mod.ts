@@ -34,6 +34,11 @@ export type { FlashMLAErrorCode } from "./src/op/errors.ts";
 export { Backend, Platform } from "./src/op/platform.ts";
 export type { EncodedCall, MlaImplementation, MlaTarget, MlaTrial } from "./src/op/implementation.ts";
 
+export { deviceCapabilities, openDevice } from "./src/gpu/device.ts";
+export type { DeviceOptions } from "./src/gpu/request_device.ts";
+export type { EngineName } from "./src/gpu/engine.ts";
+export { describeCapabilities } from "./src/gpu/capabilities.ts";
+export type { Capabilities, GpuLimits, SubgroupMatrixConfig, Subgroups } from "./src/gpu/capabilities.ts";
 export { detectPlatform, kernelRegistry } from "./src/platforms.ts";
 export { KernelRegistry } from "./src/registry.ts";
 export type { ImplementationQuery, RegisterOptions, Registration } from "./src/registry.ts";

@@ -14,6 +14,7 @@ import {
 } from "../mod.ts";
 import type { GpuLimits } from "../src/gpu/capabilities.ts";
 import { type GpuContext, gpuContext } from "../src/gpu/device.ts";
+import { findGpu } from "../src/gpu/engine.ts";
 import { webgpuTarget } from "../src/gpu/webgpu_implementation.ts";
 import { mlaProblem } from "../src/op/mla_problem.ts";
 import { referenceMlaAttention } from "../src/reference/mla_attention.ts";
@@ -45,7 +46,7 @@ const expected = skip === false ? referenceMlaAttention(inputs, problem) : null!
 const onGpu = { ...options, platform: "webgpu", cfg: smallConfig } as const;
 
 async function openDevice(descriptor: GPUDeviceDescriptor = {}): Promise<GPUDevice> {
-  const adapter = await navigator.gpu.requestAdapter();
+  const adapter = await (await findGpu()).requestAdapter();
   return await adapter!.requestDevice(descriptor);
 }
 
