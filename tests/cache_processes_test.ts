@@ -1,17 +1,17 @@
 import { spawnSync } from "node:child_process";
 import { chmodSync, existsSync, mkdirSync, readdirSync, writeFileSync } from "node:fs";
-import { delimiter } from "node:path";
 import process from "node:process";
 import { describe, test } from "node:test";
-import { fileURLToPath } from "node:url";
 import { assert, assertEquals, assertFalse, assertMatch, assertStringIncludes } from "@std/assert";
 import type { CacheEvent } from "../src/cache/cache_event.ts";
 import { PersistentCache } from "../src/cache/persistent_cache.ts";
 import { temporaryFolder } from "./support/cache_folder.ts";
-import { holdLock, isDeno, startProgram, work, workTogether } from "./support/cache_process.ts";
+import { noFile } from "./support/cache_heard.ts";
+import { holdLock, noLockHolder, startProgram, work, workTogether } from "./support/cache_process.ts";
+import { isDeno, isOnPath, runtimes, scriptFor } from "./support/cache_runtime.ts";
 import { sampleKey, sampleRecord } from "./support/cache_sample.ts";
 
-const skip = isDeno ? false : "needs Deno KV";
+const noDeno = isDeno ? false : "is about Deno";
 const KV = "--unstable-kv";
 // Deno's child_process adds --allow-all to a `deno run` without any flag about permissions.
 const NONE = "--deny-net";
@@ -24,14 +24,10 @@ function withoutOverride(): readonly string[] | null {
   return spawnSync(words[0]!, [words[1]!, "true"]).status === 0 ? words : null;
 }
 
-function isInstalled(program: string): boolean {
-  return (process.env.PATH ?? "").split(delimiter).some((folder) => existsSync(`${folder}/${program}`));
-}
-
 const range = (length: number): number[] => Array.from({ length }, (_, i) => i);
 const inOrder = <T>(items: readonly T[]): T[] => [...items].sort();
 
-describe("processes that share one file", { skip }, () => {
+describe("processes that share one file", { skip: noFile }, () => {
   test("lose nothing of each other's when they write at the same time", async () => {
     using folder = temporaryFolder();
     const path = folder.file("new", "configs.kv");
@@ -53,7 +49,7 @@ describe("processes that share one file", { skip }, () => {
     assertEquals(inOrder(entries), range(6).map((worker) => [`${worker}`, worker] as const));
   });
 
-  test("wait while one of them holds the lock", async () => {
+  test("wait while one of them holds the lock", { skip: noLockHolder }, async () => {
     using folder = temporaryFolder();
     const path = folder.file("configs.kv");
     await work({ path, put: [["a", 1]] });
@@ -74,26 +70,30 @@ describe("processes that share one file", { skip }, () => {
     assertEquals((await work({ path, entries: true })).entries, [["a", 1], ["b", 2]]);
   });
 
-  test("go on in memory when the lock is never released, without calling the file damaged", async () => {
-    using folder = temporaryFolder();
-    const path = folder.file("configs.kv");
-    await work({ path, put: [["a", 1]] });
-    const holder = await holdLock(path);
-    const events: CacheEvent[] = [];
-    const cache = new PersistentCache("worker", { path, patience: 200, onEvent: (event) => void events.push(event) });
-    await cache.put(sampleKey("b"), sampleRecord(2));
-    assertEquals((await cache.get(sampleKey("b")))?.cfg, { block: 2 });
-    assertEquals((await cache.health()).state, "locked");
-    assertEquals(events.map(({ code }) => code), ["locked"]);
-    assertStringIncludes(events[0]!.message, "Another process holds it");
-    await holder.release();
-    assertEquals(readdirSync(folder.path).filter((name) => name.includes("damaged")), []);
-    const { got, health } = await work({ path, get: ["a"], health: true });
-    assertEquals([got.a, health?.state], [1, "ok"]);
-  });
+  test(
+    "go on in memory when the lock is never released, without calling the file damaged",
+    { skip: noLockHolder },
+    async () => {
+      using folder = temporaryFolder();
+      const path = folder.file("configs.kv");
+      await work({ path, put: [["a", 1]] });
+      const holder = await holdLock(path);
+      const events: CacheEvent[] = [];
+      const cache = new PersistentCache("worker", { path, patience: 200, onEvent: (event) => void events.push(event) });
+      await cache.put(sampleKey("b"), sampleRecord(2));
+      assertEquals((await cache.get(sampleKey("b")))?.cfg, { block: 2 });
+      assertEquals((await cache.health()).state, "locked");
+      assertEquals(events.map(({ code }) => code), ["locked"]);
+      assertStringIncludes(events[0]!.message, "Another process holds it");
+      await holder.release();
+      assertEquals(readdirSync(folder.path).filter((name) => name.includes("damaged")), []);
+      const { got, health } = await work({ path, get: ["a"], health: true });
+      assertEquals([got.a, health?.state], [1, "ok"]);
+    },
+  );
 });
 
-describe("a process that never closes its cache", { skip }, () => {
+describe("a process that never closes its cache", { skip: noFile }, () => {
   test("ends by itself, and what it stored is there", async () => {
     using folder = temporaryFolder();
     const path = folder.file("configs.kv");
@@ -101,9 +101,9 @@ describe("a process that never closes its cache", { skip }, () => {
     assertEquals((await work({ path, get: ["a"] })).got, { a: 1 });
   });
 
-  test("leaves nothing open in the eyes of deno test", async () => {
+  test("leaves nothing open in the eyes of deno test", { skip: noDeno }, async () => {
     using folder = temporaryFolder();
-    const script = fileURLToPath(new URL("support/cache_sanitized.ts", import.meta.url));
+    const script = await scriptFor("deno", "cache_sanitized");
     const args = ["test", "--no-config", "--no-lock", "--no-check", "-A", KV, script];
     const { stdout } = await startProgram(process.execPath, args, { FLASH_MLA_CACHE: folder.file("a.kv") }).ended;
     assertStringIncludes(stdout, "1 passed");
@@ -111,7 +111,7 @@ describe("a process that never closes its cache", { skip }, () => {
   });
 });
 
-describe("where the file is", { skip }, () => {
+describe("where the file is", { skip: noFile }, () => {
   const conventional = process.platform === "darwin" ? ["Library", "Caches"] : [".cache"];
   const onWindows = process.platform === "win32" ? "looks at the places of Unix" : false;
   const task = { put: [["a", 1]] as const, health: true };
@@ -130,26 +130,31 @@ describe("where the file is", { skip }, () => {
       [{ HOME, XDG_CACHE_HOME, FLASH_MLA_CACHE: "" }, folder.file("xdg", "flash-mla", "configs.kv")],
       [{ HOME, FLASH_MLA_CACHE: "memory" }, "memory"],
       [{ HOME, FLASH_MLA_CACHE: "off" }, "off"],
+      [{ HOME, FLASH_MLA_CACHE: " Off " }, "off"],
+      [{ HOME, FLASH_MLA_CACHE: "MEMORY" }, "memory"],
     ];
     for (const [env, location] of cases) {
-      const { health, events } = await work(task, { env });
-      assertEquals(health?.location, location);
-      assertEquals(existsSync(location), location.startsWith("/"));
-      assertEquals(events, []);
+      for (const runtime of runtimes) {
+        const { health, events } = await work(task, { env, runtime });
+        assertEquals([runtime, health?.location, events], [runtime, location, []]);
+        assertEquals(existsSync(location), location.startsWith("/"));
+      }
     }
     const env = { FLASH_MLA_CACHE: "off" };
     assertEquals((await work({ ...task, path: folder.file("option.kv") }, { env })).health?.state, "ok");
   });
 
   test("is nowhere without HOME, which is said once", { skip: onWindows }, async () => {
-    const { health, events } = await work({ ...task, get: ["a", "b"] });
-    assertEquals(health?.state, "memory");
-    assertEquals(events.map(({ code }) => code), ["no-directory"]);
-    assertStringIncludes(events[0]!.message, "set FLASH_MLA_CACHE to a path");
+    for (const runtime of runtimes) {
+      const { health, events } = await work({ ...task, get: ["a", "b"] }, { runtime });
+      assertEquals(health?.state, "memory");
+      assertEquals(events.map(({ code }) => code), ["no-directory"]);
+      assertStringIncludes(events[0]!.message, "set FLASH_MLA_CACHE to a path");
+    }
   });
 });
 
-describe("a process that may not use the file", { skip }, () => {
+describe("a process that may not use the file", { skip: noDeno }, () => {
   const task = { put: [["a", 1]] as const, get: ["a", "b"], entries: true, health: true };
 
   test("goes on in memory and says once which permission or flag it lacks", async () => {
@@ -192,11 +197,11 @@ describe("a process that may not use the file", { skip }, () => {
     assertEquals(stderr.match(/kept in memory only/g)?.length, 1);
   });
 
-  const noTerminal = process.platform === "linux" && isInstalled("script") ? false : "needs util-linux script";
+  const noTerminal = process.platform === "linux" && isOnPath("script") ? false : "needs util-linux script";
   test("is never asked for permission on a terminal", { skip: noTerminal }, async () => {
     using folder = temporaryFolder();
     for (const flags of [[KV], [KV, "--allow-env"], [KV, "--allow-env", "--allow-read"]]) {
-      const worker = fileURLToPath(new URL("support/cache_worker.ts", import.meta.url));
+      const worker = await scriptFor("deno", "cache_worker");
       const words = [process.execPath, "run", "--no-config", "--no-lock", ...flags, worker, JSON.stringify(task)];
       const command = words.map((word) => `'${word}'`).join(" ");
       // A prompt would wait for an answer until the time is up.
@@ -208,7 +213,7 @@ describe("a process that may not use the file", { skip }, () => {
   });
 });
 
-describe("a process on a file system that refuses", { skip }, () => {
+describe("a process on a file system that refuses", { skip: noFile }, () => {
   const before = withoutOverride();
   const noModes = before === null ? "needs file modes that bind this user" : false;
   const task = { put: [["a", 2], ["b", 3]] as const, get: ["a", "b"], entries: true, health: true };

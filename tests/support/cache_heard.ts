@@ -19,3 +19,8 @@ export function open(options: PersistentCacheOptions, name: string = "mla"): Hea
 
 /** Deno KV, as the cache opens it. */
 export const openKv: KvOpener = async (path) => await (await detectKvStore()).open!(path);
+
+const detected = await detectKvStore();
+
+/** Why the cache has no file in this runtime, or false when it has. */
+export const noFile: string | false = detected.open === null ? detected.reason : false;
