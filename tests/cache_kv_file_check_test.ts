@@ -5,7 +5,7 @@ import { sqliteDamage } from "../src/cache/kv_file_check.ts";
 import { PersistentCache } from "../src/cache/persistent_cache.ts";
 import { temporaryFolder } from "./support/cache_folder.ts";
 import { noFile } from "./support/cache_heard.ts";
-import { work } from "./support/cache_process.ts";
+import { TIMEOUT_MS, work } from "./support/cache_process.ts";
 import { sampleKey, sampleRecord } from "./support/cache_sample.ts";
 
 const PAGE = 4096;
@@ -47,7 +47,7 @@ describe("sqliteDamage()", { skip: noFile }, () => {
     }
   });
 
-  test("keeps a runtime from opening a file that would end the process", async () => {
+  test("keeps a runtime from opening a file that would end the process", { timeout: TIMEOUT_MS }, async () => {
     using folder = temporaryFolder();
     const path = folder.file("configs.kv");
     const file = await soundFile(path);

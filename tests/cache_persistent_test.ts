@@ -6,7 +6,7 @@ import { kvKey } from "../src/cache/kv_record.ts";
 import type { KvStore } from "../src/cache/kv_store.ts";
 import { temporaryFolder } from "./support/cache_folder.ts";
 import { noFile, open, openKv } from "./support/cache_heard.ts";
-import { work } from "./support/cache_process.ts";
+import { TIMEOUT_MS, work } from "./support/cache_process.ts";
 import { isDeno, runtimes } from "./support/cache_runtime.ts";
 import { sampleKey, sampleRecord } from "./support/cache_sample.ts";
 
@@ -75,7 +75,7 @@ describe("PersistentCache in a file", { skip: noFile }, () => {
   });
 
   const onlyBytes = isDeno ? false : "@deno/kv is opened for bytes alone";
-  test("another program's value of another type is a miss", { skip: onlyBytes }, async () => {
+  test("another program's value of another type is a miss", { timeout: TIMEOUT_MS, skip: onlyBytes }, async () => {
     using folder = temporaryFolder();
     const path = folder.file("configs.kv");
     const { cache, events } = open({ path });

@@ -4,9 +4,10 @@ import { existsSync, readdirSync, writeFileSync } from "node:fs";
 import { describe, test } from "node:test";
 import { assertEquals, assertFalse, assertMatch } from "@std/assert";
 import { temporaryFolder } from "./support/cache_folder.ts";
-import { holdLock, noLockHolder, work, workTogether } from "./support/cache_process.ts";
+import { holdLock, noLockHolder, TIMEOUT_MS, work, workTogether } from "./support/cache_process.ts";
 import { noRuntime, type Runtime, runtimes } from "./support/cache_runtime.ts";
 
+const timeout = TIMEOUT_MS;
 const ALL = ["deno", "bun", "node"] as const;
 const alone = runtimes.length > 1 ? false : `needs two of Deno, Bun and Node, found ${runtimes.join() || "none"}`;
 
@@ -17,7 +18,7 @@ describe("runtimes that share one file", () => {
   for (const writer of ALL) {
     for (const reader of ALL.filter((kind) => kind !== writer)) {
       const skip = noRuntime(writer) || noRuntime(reader);
-      test(`${reader} finds what ${writer} stored`, { skip }, async () => {
+      test(`${reader} finds what ${writer} stored`, { timeout, skip }, async () => {
         using folder = temporaryFolder();
         const path = folder.file("new", "configs.kv");
         const put = range(20).map((i): [string, number] => [`é\0${i}`, i]);
@@ -32,7 +33,7 @@ describe("runtimes that share one file", () => {
     }
   }
 
-  test("lose nothing of each other's when they write at the same time", { skip: alone }, async () => {
+  test("lose nothing of each other's when they write at the same time", { timeout, skip: alone }, async () => {
     using folder = temporaryFolder();
     const path = folder.file("new", "configs.kv");
     const keys = range(6).map((worker) => range(8).map((i): [string, number] => [`${worker}/${i}`, 10 * worker + i]));
@@ -43,7 +44,7 @@ describe("runtimes that share one file", () => {
     }
   });
 
-  test("replace a damaged file once, and lose nothing of what follows", { skip: alone }, async () => {
+  test("replace a damaged file once, and lose nothing of what follows", { timeout, skip: alone }, async () => {
     using folder = temporaryFolder();
     const path = folder.file("configs.kv");
     writeFileSync(path, "This is not a database. ".repeat(500));
@@ -61,7 +62,7 @@ for (const runtime of ["bun", "node"] satisfies Runtime[]) {
   describe(`a process of ${runtime}`, { skip: noRuntime(runtime) }, () => {
     const task = { put: [["a", 1]] as const, get: ["a", "b"], entries: true, health: true };
 
-    test("goes on in memory when the lock is never released", { skip: noLockHolder }, async () => {
+    test("goes on in memory when the lock is never released", { timeout, skip: noLockHolder }, async () => {
       using folder = temporaryFolder();
       const path = folder.file("configs.kv");
       await work({ path, put: [["c", 3]] });
@@ -75,7 +76,7 @@ for (const runtime of ["bun", "node"] satisfies Runtime[]) {
       assertEquals((await work({ path, get: ["c"] })).got, { c: 3 });
     });
 
-    test("without @deno/kv keeps to memory and says once what to install", async () => {
+    test("without @deno/kv keeps to memory and says once what to install", { timeout }, async () => {
       using folder = temporaryFolder();
       const env = { FLASH_MLA_CACHE: folder.file("configs.kv") };
       const { got, entries, health, events } = await work(task, { runtime, env, withoutPackages: true });

@@ -41,7 +41,8 @@ export interface WorkerStart {
   readonly withoutPackages?: boolean;
 }
 
-const TIMEOUT_MS = 60_000;
+/** What a test with processes may take, a busy machine included; Bun gives a test 5 seconds unless it asks for more. */
+export const TIMEOUT_MS = 60_000;
 
 /** A process under way. */
 export interface Running {
