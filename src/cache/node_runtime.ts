@@ -4,7 +4,7 @@
 import type { FileRuntime } from "./file_runtime.ts";
 
 interface NodeFs {
-  mkdir(path: string, options: { recursive: boolean }): Promise<unknown>;
+  mkdir(path: string): Promise<unknown>;
   stat(path: string): Promise<{ readonly size: number; readonly mtimeMs: number }>;
   readFile(path: string): Promise<Uint8Array>;
   writeFile(path: string, content: string, options: { flag: string }): Promise<void>;
@@ -45,13 +45,31 @@ async function nodeFs(): Promise<NodeFs> {
   return (nodeProcess()?.getBuiltinModule?.(name) ?? await import(name)) as NodeFs;
 }
 
+/** Node's own recursive mkdir never ends where a parent can be neither found nor made, as in /proc (Node 20.20). */
+async function makeDirectory(path: string): Promise<void> {
+  const fs = await nodeFs();
+  try {
+    await fs.mkdir(path);
+  } catch (error) {
+    const { code } = error as { code?: unknown };
+    if (code === "EEXIST") return;
+    const parent = path.replace(/[/\\][^/\\]*$/, "");
+    if (code !== "ENOENT" || parent === path || parent === "") throw error;
+    await makeDirectory(parent);
+    // Another process may have been faster.
+    await fs.mkdir(path).catch((error) => {
+      if (error.code !== "EEXIST") throw error;
+    });
+  }
+}
+
 /**
  * The files of node:fs. It has no locks, and nothing in their place survives the end of a process as surely, so files
  * are used without: `kv_file.ts` says what keeps that safe.
  */
 export const nodeFiles: FileRuntime = {
   mayUse: () => true,
-  makeDirectory: async (path) => void await (await nodeFs()).mkdir(path, { recursive: true }),
+  makeDirectory,
   async state(path) {
     const found = await (await nodeFs()).stat(path).catch(() => null);
     return found && { size: found.size, modified: found.mtimeMs };
