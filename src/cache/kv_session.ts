@@ -15,7 +15,7 @@ import type { KvOpener, KvStore } from "./kv_store.ts";
 export type StoreFault = "locked" | "damaged" | "read-only" | "unavailable";
 
 /**
- * Reads SQLite's mind from an error: its messages are all that Deno KV passes on.
+ * Reads SQLite's mind from an error: its messages are all that Deno KV passes on. The IndexedDB store uses its words.
  *
  * @param error What a store threw.
  * @returns The kind of fault.
