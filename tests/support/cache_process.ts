@@ -66,6 +66,8 @@ async function startScript(name: string, args: readonly string[], start: WorkerS
 export function startProgram(program: string, args: readonly string[], env: Record<string, string> = {}): Running {
   const { PATH = "", DENO_DIR } = process.env;
   const base: Record<string, string> = { PATH, NO_COLOR: "1", DENO_NO_UPDATE_CHECK: "1" };
+  // Bun would keep a cache of its own in XDG_CACHE_HOME, even a relative one.
+  base.BUN_RUNTIME_TRANSPILER_CACHE_PATH = "0";
   if (DENO_DIR !== undefined) base.DENO_DIR = DENO_DIR;
   const child = spawn(program, args, {
     env: { ...base, ...env },
