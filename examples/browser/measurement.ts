@@ -2,13 +2,16 @@
 // oracle's.
 
 import {
+  type AnyTensor,
   ConfigSelectorChain,
   type ConfigSource,
   Executor,
   flashMLA,
   type FlashMLAConfig,
+  type HostInputs,
   mlaAttention,
   type MlaCall,
+  type MlaOptions,
   PersistentCache,
   type Platform,
   type SelectionEvent,
@@ -47,7 +50,7 @@ export class Measurement {
   readonly #onStep: (step: string) => void;
   /** How many configurations were timed, of how many, since this was last set to null. */
   #timed: [timed: number, candidates: number] | null = null;
-  readonly #executor = new Executor<MlaCall, FlashMLAConfig, Tensor>(
+  readonly #executor = new Executor<MlaCall, FlashMLAConfig, AnyTensor>(
     new ConfigSelectorChain({ persistent: new PersistentCache("mla"), onEvent: (event) => this.#hear(event) }),
   );
 
@@ -79,7 +82,7 @@ export class Measurement {
           yield { tokens, config: null, source: null, timed: null, ms: oracleMs, oracleMs: null, relL2: null };
           continue;
         }
-        const { output, ...figures } = await this.#call({ inputs, options: { platform } });
+        const { output, ...figures } = await this.#call(inputs, { platform });
         if (!isAsked) {
           yield { tokens, ...figures, oracleMs: null, relL2: null };
           continue;
@@ -94,18 +97,21 @@ export class Measurement {
     }
   }
 
-  async #call(call: MlaCall): Promise<Pick<Row, "config" | "source" | "timed" | "ms"> & { output: Tensor }> {
+  async #call(
+    inputs: HostInputs,
+    math: MlaOptions,
+  ): Promise<Pick<Row, "config" | "source" | "timed" | "ms"> & { output: Tensor }> {
     this.#timed = null;
     this.#onStep("choosing a configuration");
-    const { cfg, source } = await this.#executor.choose(flashMLA, call);
-    const options = { ...call.options, executor: this.#executor, cfg };
+    const { cfg, source } = await this.#executor.choose(flashMLA, { inputs, options: math });
+    const options = { ...math, executor: this.#executor, cfg };
     this.#onStep("first call, which compiles what is not compiled yet");
-    let output = await mlaAttention(call.inputs, options);
+    let output = await mlaAttention(inputs, options);
     const times: number[] = [];
     for (let i = 1; i <= warmCalls; i++) {
       this.#onStep(`timing call ${i} of ${warmCalls}`);
       const start = performance.now();
-      output = await mlaAttention(call.inputs, options);
+      output = await mlaAttention(inputs, options);
       times.push(performance.now() - start);
     }
     return { config: cfg, source, timed: this.#timed, ms: median(times), output };

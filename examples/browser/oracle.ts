@@ -1,11 +1,11 @@
 /// <reference lib="dom" />
 // The oracle, asked from the page.
 
-import type { MlaInputs, Tensor } from "../../mod.ts";
+import type { HostInputs, Tensor } from "../../mod.ts";
 
 /** What the worker is asked. */
 export interface OracleQuestion {
-  readonly inputs: MlaInputs;
+  readonly inputs: HostInputs;
   /** How often to run. */
   readonly repeats: number;
 }
@@ -27,7 +27,7 @@ export class Oracle {
   readonly #worker = new Worker(new URL("./oracle_worker.js", import.meta.url), { type: "module" });
 
   /** Computes a call, unmasked and with the default scale. */
-  ask(inputs: MlaInputs, repeats: number): Promise<OracleAnswer> {
+  ask(inputs: HostInputs, repeats: number): Promise<OracleAnswer> {
     return new Promise((resolve, reject) => {
       const fail = (why: string) => reject(new Error(`The oracle's worker failed: ${why}`));
       this.#worker.onmessage = ({ data }: MessageEvent<OracleAnswer | OracleFailure>) =>

@@ -1,6 +1,6 @@
 // The problem: DeepSeek-V2-Lite's attention heads, and random inputs for them that are the same on every visit.
 
-import type { MlaInputs, Tensor } from "../../mod.ts";
+import type { HostInputs, Tensor } from "../../mod.ts";
 
 /** Heads, and the widths that the paper calls kvLoraRank, qkNopeHeadDim, qkRopeHeadDim and vHeadDim. */
 const [H, L, P, R, V] = [16, 512, 128, 64, 128];
@@ -15,7 +15,7 @@ const weights = { wKc: random(1, L ** -0.5, L, H, P), wVc: random(2, L ** -0.5, 
  *
  * @param tokens Its length; it decides every element.
  */
-export function v2LiteInputs(tokens: number): MlaInputs {
+export function v2LiteInputs(tokens: number): HostInputs {
   return {
     query: random(tokens * 3, 1, 1, tokens, H, P + R),
     keyValue: random(tokens * 3 + 1, 1, 1, tokens, L),

@@ -40,11 +40,11 @@ export interface MlaInputs<T extends AnyTensor = AnyTensor, Query extends AnyTen
 /** Inputs that all lie on the host in float32. */
 export type HostInputs = MlaInputs<Tensor>;
 
-/** The names of the tensors among the inputs. */
-export const tensorNames = ["query", "keyValue", "wKc", "wVc", "bQ", "bK"] as const;
-
 /** The name of a tensor among the inputs. */
-export type TensorName = typeof tensorNames[number];
+export type TensorName = "query" | "keyValue" | "wKc" | "wVc" | "bQ" | "bK";
+
+/** The names of the tensors among the inputs. */
+export const tensorNames: readonly TensorName[] = ["query", "keyValue", "wKc", "wVc", "bQ", "bK"];
 
 /** The options that change the result. */
 export interface MlaMathOptions {
