@@ -8,16 +8,37 @@
 export { defaultExecutor, FlashMLA, flashMLA, mlaAttention, MlaInvocation } from "./src/flash_mla.ts";
 export type { MlaCall, MlaExecutor, MlaOptions } from "./src/flash_mla.ts";
 
+export { encodeMlaAttention } from "./src/encode_mla_attention.ts";
+export type { EncodedAttention } from "./src/encode_mla_attention.ts";
+
 export { tensor } from "./src/op/tensor.ts";
-export type { Tensor } from "./src/op/tensor.ts";
+export type {
+  AnyTensor,
+  Bf16Tensor,
+  DType,
+  F16Tensor,
+  Float16Elements,
+  GpuTensor,
+  HostTensor,
+  OwnedGpuTensor,
+  ResultLike,
+  Tensor,
+} from "./src/op/tensor.ts";
+export { toGpu, toHost } from "./src/gpu/gpu_tensor.ts";
 export { mlaProblem } from "./src/op/mla_problem.ts";
-export type { MlaInputs, MlaMathOptions, MlaProblem, RopeMode } from "./src/op/mla_problem.ts";
+export type { HostInputs, MlaInputs, MlaMathOptions, MlaProblem, RopeMode, TensorName } from "./src/op/mla_problem.ts";
+export type { MlaEvent, MlaEventCode } from "./src/op/mla_event.ts";
 export type { FlashMLAConfig } from "./src/op/config.ts";
 export { FlashMLAError } from "./src/op/errors.ts";
 export type { FlashMLAErrorCode } from "./src/op/errors.ts";
 export { Backend, Platform } from "./src/op/platform.ts";
-export type { MlaImplementation, MlaTarget, MlaTrial } from "./src/op/implementation.ts";
+export type { EncodedCall, MlaImplementation, MlaTarget, MlaTrial } from "./src/op/implementation.ts";
 
+export { deviceCapabilities, openDevice } from "./src/gpu/device.ts";
+export type { DeviceOptions } from "./src/gpu/request_device.ts";
+export type { EngineName } from "./src/gpu/engine.ts";
+export { describeCapabilities } from "./src/gpu/capabilities.ts";
+export type { Capabilities, GpuLimits, SubgroupMatrixConfig, Subgroups } from "./src/gpu/capabilities.ts";
 export { detectPlatform, kernelRegistry } from "./src/platforms.ts";
 export { KernelRegistry } from "./src/registry.ts";
 export type { ImplementationQuery, RegisterOptions, Registration } from "./src/registry.ts";

@@ -7,9 +7,10 @@
 // the attention; work on masked or padded elements is not counted.
 
 import { flashMLA, type FlashMLAConfig, type MlaCall, type MlaInvocation } from "../mod.ts";
-import { attentionPlan } from "../src/gpu/attention_plan.ts";
+import { type KernelName, PlanCache } from "../src/gpu/compiled_plan.ts";
 import { gpuContext } from "../src/gpu/device.ts";
-import { type KernelName, PreparedAttention } from "../src/gpu/prepared_attention.ts";
+import { denseLayouts } from "../src/gpu/operand_layout.ts";
+import { PreparedAttention } from "../src/gpu/prepared_attention.ts";
 import { ResidentCall } from "../src/gpu/resident_call.ts";
 import { clockProbe, timingMethod } from "../src/gpu/timing.ts";
 import { segments, visibleKeyEnd } from "../src/op/segments.ts";
@@ -81,17 +82,17 @@ async function row(shape: BenchShape): Promise<Row> {
   const invocation: MlaInvocation = await flashMLA.prepare(call);
   const { problem } = invocation;
   const { cfg } = await tuner.tune(flashMLA, invocation, flashMLA.candidateCfgs(invocation));
-  const plan = attentionPlan(problem, cfg, context.capabilities.limits);
-  const resident = new ResidentCall(context, problem, call.inputs, plan);
   context.pipelines.clear();
   const start = performance.now();
-  const prepared = await PreparedAttention.create(context, problem, plan, resident);
+  const { compiled, release } = await new PlanCache(context).borrow(problem, cfg, denseLayouts(problem));
+  const resident = await ResidentCall.create(context, problem, call, compiled.plan);
+  const prepared = await PreparedAttention.create(context, problem, compiled, resident);
   await prepared.output();
   const compileMs = performance.now() - start;
   const [expandMs] = await measure(prepared, ["expandKeys", "expandValues"]);
   const [attendMs, spread] = await measure(prepared, ["attend"]);
-  prepared.dispose();
   resident.dispose();
+  release();
   const { batch, keyLength, kvHeads, kvLoraRank: L, qkNopeHeadDim: P, qkRopeHeadDim: R, vHeadDim: V } = problem;
   return {
     shape: shape.name,

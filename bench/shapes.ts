@@ -1,6 +1,6 @@
 // The shapes that the benchmarks share: real models' head dimensions.
 
-import type { MlaInputs } from "../mod.ts";
+import type { HostInputs } from "../mod.ts";
 import { normals } from "../tests/support/random_problem.ts";
 
 /** One shape of a benchmark. */
@@ -66,7 +66,7 @@ export function oracleShapes(): BenchShape[] {
 }
 
 /** Normal inputs of a shape, weights scaled as a trained projection's are. */
-export function benchInputs(shape: BenchShape): MlaInputs {
+export function benchInputs(shape: BenchShape): HostInputs {
   const { batch, queryLength, keyLength, heads, kvLoraRank: L, qkNopeHeadDim: P, qkRopeHeadDim: R, vHeadDim: V } =
     shape;
   const random = normals(1);

@@ -5,13 +5,14 @@
 //   deno task demo --json     the last line of stdout is one JSON object for programs
 
 import {
+  type AnyTensor,
   ConfigSelectorChain,
   detectPlatform,
   Executor,
   flashMLA,
   type FlashMLAConfig,
+  type HostInputs,
   type MlaCall,
-  type MlaInputs,
   type MlaInvocation,
   PersistentCache,
   type Tensor,
@@ -36,7 +37,7 @@ interface Measured {
   readonly kernelMs: number;
 }
 
-const executor = new Executor<MlaCall, FlashMLAConfig, Tensor>(
+const executor = new Executor<MlaCall, FlashMLAConfig, AnyTensor>(
   new ConfigSelectorChain({
     persistent: new PersistentCache("mla"),
     onEvent: (event) => {
@@ -52,7 +53,7 @@ async function measure(call: MlaCall): Promise<Measured> {
   const [{ cfg, source }, chooseMs] = await timed(() => executor.choose(flashMLA, call));
   await executor.run(flashMLA, call, { cfg });
   const runs: [output: Tensor, ms: number][] = [];
-  for (let i = 0; i < 3; i++) runs.push(await timed(() => executor.run(flashMLA, call, { cfg })));
+  for (let i = 0; i < 3; i++) runs.push(await timed(() => executor.run(flashMLA, call, { cfg }) as Promise<Tensor>));
   const [output, callMs] = runs.toSorted(([, a], [, b]) => a - b)[1];
   const trial = await flashMLA.trial(await flashMLA.prepare(call), cfg);
   const kernelMs = await trial.time(1).finally(() => trial.dispose());
@@ -62,7 +63,7 @@ async function measure(call: MlaCall): Promise<Measured> {
 async function oracle({ inputs, options }: MlaCall): Promise<[output: Tensor, ms: number]> {
   const call = { inputs, options: { ...options, platform: "reference" as const } };
   const invocation: MlaInvocation = await flashMLA.prepare(call);
-  return await timed(() => flashMLA.run(invocation, flashMLA.heuristicCfg(invocation)));
+  return await timed(() => flashMLA.run(invocation, flashMLA.heuristicCfg(invocation)) as Promise<Tensor>);
 }
 
 async function timed<T>(work: () => Promise<T>): Promise<[result: T, ms: number]> {
@@ -71,7 +72,7 @@ async function timed<T>(work: () => Promise<T>): Promise<[result: T, ms: number]
 }
 
 /** Random inputs with DeepSeek-V2-Lite's head dimensions: 16 heads, L 512, P 128, R 64, V 128. */
-function longerInputs(length: number): MlaInputs {
+function longerInputs(length: number): HostInputs {
   const random = normals(1);
   const tensor = (scale: number, ...shape: number[]): Tensor => ({
     data: Float32Array.from({ length: shape.reduce((a, b) => a * b) }, () => random() * scale),

@@ -5,9 +5,19 @@ import type { FlashMLAConfig } from "./op/config.ts";
 import { FlashMLAError } from "./op/errors.ts";
 import type { MlaImplementation, MlaTarget } from "./op/implementation.ts";
 import { lengthBucket } from "./op/length_bucket.ts";
-import { type MlaInputs, type MlaMathOptions, type MlaProblem, mlaProblem, snapshot } from "./op/mla_problem.ts";
+import { toFloats } from "./op/half.ts";
+import type { MlaEvent } from "./op/mla_event.ts";
+import {
+  checkOut,
+  type MlaInputs,
+  type MlaMathOptions,
+  type MlaProblem,
+  mlaProblem,
+  snapshot,
+  tensorNames,
+} from "./op/mla_problem.ts";
 import { canonicalPlatform, type Platform } from "./op/platform.ts";
-import { kindOf, type Tensor } from "./op/tensor.ts";
+import { type AnyTensor, isGpuTensor, kindOf, type ResultLike, type Tensor } from "./op/tensor.ts";
 import { detectPlatform, kernelRegistry } from "./platforms.ts";
 import { Executor } from "./tune/executor.ts";
 import { Invocation, type InvocationInit } from "./tune/invocation.ts";
@@ -23,8 +33,15 @@ export interface MlaOptions extends MlaMathOptions {
   readonly cfg?: FlashMLAConfig;
   /** What chooses the configuration; {@link defaultExecutor} when absent. */
   readonly executor?: MlaExecutor;
-  /** The WebGPU device to run on; the process's own, opened on first use, when absent. */
+  /** The WebGPU device to run on; that of the tensors, or the process's own, opened on first use, when absent. */
   readonly device?: GPUDevice;
+  /**
+   * The tensor that takes the result, `[batch, queryLength, queryHeads, vHeadDim]` in float32 or halves, written in place
+   * and returned. On a GPU it needs a buffer that no input lies in. When absent, the result is a new tensor like the query.
+   */
+  readonly out?: AnyTensor;
+  /** Hears of what the call's user may want to know, once per device; a line on the console when absent. */
+  readonly onEvent?: (event: MlaEvent) => void;
 }
 
 /** One call of the operation. */
@@ -36,12 +53,14 @@ export interface MlaCall {
 }
 
 /** An executor of {@link FlashMLA}. */
-export type MlaExecutor = Executor<MlaCall, FlashMLAConfig, Tensor>;
+export type MlaExecutor = Executor<MlaCall, FlashMLAConfig, AnyTensor>;
 
 /** A validated call with the target that it was resolved to. */
 export class MlaInvocation extends Invocation<MlaCall> {
   /** The call's tensors as they were when the call was made; the data are the caller's. */
   readonly inputs: MlaInputs;
+  /** What takes the result, if the caller gave it. */
+  readonly out: AnyTensor | undefined;
   /** The call's dimensions. */
   readonly problem: MlaProblem;
   /** Where it will run. */
@@ -54,10 +73,18 @@ export class MlaInvocation extends Invocation<MlaCall> {
    * @param inputs The call's tensors.
    * @param problem The call's dimensions.
    * @param target Where it will run.
+   * @param out What takes the result, if the caller gave it.
    */
-  constructor(init: InvocationInit<MlaCall>, inputs: MlaInputs, problem: MlaProblem, target: MlaTarget) {
+  constructor(
+    init: InvocationInit<MlaCall>,
+    inputs: MlaInputs,
+    problem: MlaProblem,
+    target: MlaTarget,
+    out?: AnyTensor,
+  ) {
     super(init);
     this.inputs = inputs;
+    this.out = out;
     this.problem = problem;
     this.target = target;
   }
@@ -67,7 +94,7 @@ export class MlaInvocation extends Invocation<MlaCall> {
 const agreement = 1e-4;
 
 /** Multi-head Latent Attention as a {@link Kernel}: ejkernel's `FlashMLA` on WebGPU and plain TypeScript. */
-export class FlashMLA extends Kernel<MlaCall, FlashMLAConfig, Tensor> {
+export class FlashMLA extends Kernel<MlaCall, FlashMLAConfig, AnyTensor> {
   /** Operation name, part of every cache key. */
   readonly opId = "flash_mla";
   /** Raised when old measurements stop being valid. */
@@ -95,12 +122,16 @@ export class FlashMLA extends Kernel<MlaCall, FlashMLAConfig, Tensor> {
     const { options = {} } = call;
     const problem = mlaProblem(call.inputs, options);
     checkOptions(options);
+    if (options.out !== undefined) checkOut(options.out, problem);
     const inputs = snapshot(call.inputs);
-    const { platform: asked = "auto", cfg, device } = options;
-    // What a call brings along says where it runs: a configuration names its platform, a device is WebGPU's.
-    const implied = cfg?.platform ?? (device === undefined ? "auto" : "webgpu");
+    const out = options.out;
+    const { platform: asked = "auto", cfg, onEvent } = options;
+    const device = deviceOf(inputs, options);
+    // What a call brings along says where it runs: a configuration names its platform, tensors on a GPU are WebGPU's.
+    const resident = [...tensorNames.map((name) => inputs[name]), out].some((tensor) => tensor && isGpuTensor(tensor));
+    const implied = cfg?.platform ?? (device === undefined && !resident ? "auto" : "webgpu");
     const platform = await detectPlatform(this.opId, asked === "auto" ? implied : asked);
-    const target = await kernelRegistry.get(this.opId, { platform }).open(options.device);
+    const target = await kernelRegistry.get(this.opId, { platform }).open(device, onEvent);
     const { cuSeqlens, ...dimensions } = problem;
     return new MlaInvocation(
       {
@@ -108,12 +139,13 @@ export class FlashMLA extends Kernel<MlaCall, FlashMLAConfig, Tensor> {
         version: this.version,
         call,
         device: target.fingerprint,
-        signature: { dtype: "f32", ...dimensions, sequences: cuSeqlens === null ? null : cuSeqlens.length - 1 },
+        signature: { ...dimensions, sequences: cuSeqlens === null ? null : cuSeqlens.length - 1 },
         bucket: lengthBucket(problem),
       },
       inputs,
       problem,
       target,
+      out,
     );
   }
 
@@ -146,12 +178,12 @@ export class FlashMLA extends Kernel<MlaCall, FlashMLAConfig, Tensor> {
    *
    * @param invocation A prepared call.
    * @param cfg A configuration that {@link FlashMLA.checkCfg} accepts.
-   * @returns The attention output, `[batch, queryLength, queryHeads, vHeadDim]`.
+   * @returns The attention output, `[batch, queryLength, queryHeads, vHeadDim]`: the call's `out`, or like the query.
    */
-  override async run(invocation: Invocation<MlaCall>, cfg: FlashMLAConfig): Promise<Tensor> {
-    const { problem, target, inputs } = prepared(invocation);
+  override async run(invocation: Invocation<MlaCall>, cfg: FlashMLAConfig): Promise<AnyTensor> {
+    const { problem, target, inputs, out } = prepared(invocation);
     this.checkCfg(invocation, cfg);
-    return await target.run(problem, inputs, cfg);
+    return await target.run(problem, inputs, cfg, out);
   }
 
   /** A good configuration without measuring: by the number of workgroups that a problem gives each tile. */
@@ -166,7 +198,7 @@ export class FlashMLA extends Kernel<MlaCall, FlashMLAConfig, Tensor> {
     return target.candidateCfgs(problem);
   }
 
-  /** Compiles a candidate and uploads the call's own inputs. */
+  /** Compiles a candidate and uploads the call's own inputs. A caller's output tensor is left alone. */
   override trial(invocation: Invocation<MlaCall>, cfg: FlashMLAConfig): Promise<Trial<Tensor>> {
     const { problem, target, inputs } = prepared(invocation);
     return target.trial(problem, inputs, cfg);
@@ -178,25 +210,25 @@ export class FlashMLA extends Kernel<MlaCall, FlashMLAConfig, Tensor> {
   }
 
   /** Compares outputs by ‖candidate − best‖ / ‖best‖; non-finite elements must stand in the same places. */
-  override compare(candidate: Tensor, best: Tensor): OutputCheck {
+  override compare(candidate: AnyTensor, best: AnyTensor): OutputCheck {
+    if (isGpuTensor(candidate) || isGpuTensor(best)) return { ok: true, detail: "not compared: it stayed on the GPU" };
+    const [{ data: got }, { data: expected }] = [toFloats(candidate), toFloats(best)];
     let difference = 0;
     let norm = 0;
-    for (let i = 0; i < best.data.length; i++) {
-      const expected = best.data[i];
-      const got = candidate.data[i];
-      if (Number.isFinite(expected) !== Number.isFinite(got)) {
-        return { ok: false, detail: `element ${i} is ${got} where the best known output has ${expected}` };
+    for (let i = 0; i < expected.length; i++) {
+      if (Number.isFinite(expected[i]) !== Number.isFinite(got[i])) {
+        return { ok: false, detail: `element ${i} is ${got[i]} where the best known output has ${expected[i]}` };
       }
-      if (!Number.isFinite(expected)) continue;
-      difference += (got - expected) ** 2;
-      norm += expected ** 2;
+      if (!Number.isFinite(expected[i])) continue;
+      difference += (got[i] - expected[i]) ** 2;
+      norm += expected[i] ** 2;
     }
     const error = norm === 0 ? Math.sqrt(difference) : Math.sqrt(difference / norm);
     return { ok: error <= agreement, detail: `relL2 ${error.toExponential(2)} against the best known output` };
   }
 }
 
-const knownOptions = ["softmaxScale", "causal", "platform", "cfg", "executor", "device"];
+const knownOptions = ["softmaxScale", "causal", "platform", "cfg", "executor", "device", "out", "onEvent"];
 
 function checkOptions(options: MlaOptions): void {
   const refuse = (why: string) => {
@@ -205,13 +237,29 @@ function checkOptions(options: MlaOptions): void {
   for (const name of Object.keys(options)) {
     if (!knownOptions.includes(name)) refuse(`unknown option "${name}"; known are ${knownOptions.join(", ")}`);
   }
-  const { device, cfg } = options;
+  const { device, cfg, onEvent } = options;
+  if (onEvent !== undefined && typeof onEvent !== "function") {
+    refuse(`onEvent must be a function, got ${kindOf(onEvent)}`);
+  }
   if (device !== undefined && typeof device?.createBuffer !== "function") {
     refuse(`device must be a GPUDevice, got ${kindOf(device)}`);
   }
   if (cfg !== undefined && (typeof cfg !== "object" || cfg === null)) {
     refuse(`cfg must be a FlashMLAConfig, got ${kindOf(cfg)}`);
   }
+}
+
+/** The device that a call's tensors and options name, if any. */
+function deviceOf(inputs: MlaInputs, { device, out }: MlaOptions): GPUDevice | undefined {
+  let [owner, found] = ["options.device", device];
+  for (const [name, tensor] of [...tensorNames.map((name) => [name, inputs[name]] as const), ["out", out] as const]) {
+    if (tensor === undefined || !isGpuTensor(tensor) || tensor.device === undefined) continue;
+    if (found !== undefined && tensor.device !== found) {
+      throw new FlashMLAError("invalid-input", `Cannot run MLA: ${name} lies on another device than ${owner}`);
+    }
+    [owner, found] = [name, tensor.device];
+  }
+  return found;
 }
 
 function prepared(invocation: Invocation<MlaCall>): MlaInvocation {
@@ -251,9 +299,13 @@ export function defaultExecutor(): MlaExecutor {
  * {@link ConfigSelectorChain}. The caller's tensors are read, never written; leave their data unchanged until the promise
  * settles. A query that sees no key gives a zero row.
  *
+ * Tensors may lie on the host or on a GPU, in float32 or halves, mixed as they come. The result is like the query: a host
+ * tensor for a host tensor, and for a query on a GPU a tensor on that GPU, which the caller disposes of; nothing is read
+ * back then, and the promise settles when the work was submitted.
+ *
  * @param inputs The tensors; see {@link MlaInputs} for their shapes.
- * @param options Mask, scale, platform and configuration.
- * @returns The output, `[batch, queryLength, queryHeads, vHeadDim]`, in a new array.
+ * @param options Mask, scale, platform, configuration, and the tensor that takes the result.
+ * @returns The output, `[batch, queryLength, queryHeads, vHeadDim]`: a new tensor, or `options.out`.
  * @throws {FlashMLAError} When shapes disagree (`invalid-input`), the platform is not to be had
  * (`unsupported-platform`), the configuration cannot run (`invalid-config`), the problem passes a limit of the device
  * (`limit`), or the device fails (`device`).
@@ -272,10 +324,16 @@ export function defaultExecutor(): MlaExecutor {
  * console.log(output.shape); // [1, 8, 2, 32]
  * ```
  */
-export async function mlaAttention(inputs: MlaInputs, options: MlaOptions = {}): Promise<Tensor> {
+export async function mlaAttention<Query extends AnyTensor, Out extends AnyTensor = ResultLike<Query>>(
+  inputs: MlaInputs<AnyTensor, Query>,
+  options: MlaOptions & {
+    /** The tensor that takes the result. */
+    readonly out?: Out;
+  } = {},
+): Promise<Out> {
   const executor = options?.executor ?? defaultExecutor();
   if (typeof executor.run !== "function") {
     throw new FlashMLAError("invalid-input", `Cannot run MLA: executor must be an Executor, got ${kindOf(executor)}`);
   }
-  return await executor.run(flashMLA, { inputs, options }, { cfg: options?.cfg });
+  return await executor.run(flashMLA, { inputs, options }, { cfg: options?.cfg }) as Out;
 }

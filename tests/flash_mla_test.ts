@@ -1,6 +1,7 @@
 import { describe, test } from "node:test";
 import { assert, assertEquals, assertMatch, assertRejects, assertStrictEquals, assertThrows } from "@std/assert";
 import {
+  type AnyTensor,
   type CacheRecord,
   ConfigSelectorChain,
   detectPlatform,
@@ -9,13 +10,12 @@ import {
   flashMLA,
   type FlashMLAConfig,
   FlashMLAError,
+  type HostInputs,
   kernelRegistry,
   mlaAttention,
   type MlaCall,
-  type MlaInputs,
   overlayCache,
   type SelectionEvent,
-  type Tensor,
   Tuner,
 } from "../mod.ts";
 import { skip, smallConfig } from "./support/gpu.ts";
@@ -42,9 +42,11 @@ const shape: ProblemShape = {
 const { inputs, options } = randomCall(shape);
 const call = (more: MlaCall["options"] = {}): MlaCall => ({ inputs, options: { ...options, ...more } });
 
-type Chain = ConfigSelectorChain<MlaCall, FlashMLAConfig, Tensor>;
+type Chain = ConfigSelectorChain<MlaCall, FlashMLAConfig, AnyTensor>;
 
-function chainWith(more: ConstructorParameters<typeof ConfigSelectorChain<MlaCall, FlashMLAConfig, Tensor>>[0] = {}) {
+function chainWith(
+  more: ConstructorParameters<typeof ConfigSelectorChain<MlaCall, FlashMLAConfig, AnyTensor>>[0] = {},
+) {
   const events: SelectionEvent<FlashMLAConfig>[] = [];
   const chain: Chain = new ConfigSelectorChain({ onEvent: (event) => events.push(event), ...more });
   return { executor: new Executor(chain), events, types: () => events.map(({ type }) => type) };
@@ -307,7 +309,7 @@ describe("mlaAttention() and its caller", () => {
       const drawn = randomCall(shape);
       const cfg = platform === "webgpu" ? { cfg: smallConfig } : {};
       const expected = await mlaAttention(drawn.inputs, { ...drawn.options, platform, ...cfg });
-      const changing = structuredClone(drawn.inputs) as { -readonly [K in keyof MlaInputs]: MlaInputs[K] };
+      const changing = structuredClone(drawn.inputs) as { -readonly [K in keyof HostInputs]: HostInputs[K] };
       const result = mlaAttention(changing, { ...drawn.options, platform, ...cfg });
       (changing.wKc.shape as number[]).reverse();
       changing.wVc = changing.wKc;

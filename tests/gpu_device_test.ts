@@ -1,6 +1,7 @@
 import { describe, test } from "node:test";
 import { assert, assertEquals, assertRejects, assertStrictEquals } from "@std/assert";
 import {
+  type AnyTensor,
   ConfigSelectorChain,
   defaultExecutor,
   Executor,
@@ -9,11 +10,11 @@ import {
   mlaAttention,
   type MlaCall,
   policyOverride,
-  type Tensor,
   Tuner,
 } from "../mod.ts";
 import type { GpuLimits } from "../src/gpu/capabilities.ts";
 import { type GpuContext, gpuContext } from "../src/gpu/device.ts";
+import { findGpu } from "../src/gpu/engine.ts";
 import { webgpuTarget } from "../src/gpu/webgpu_implementation.ts";
 import { mlaProblem } from "../src/op/mla_problem.ts";
 import { referenceMlaAttention } from "../src/reference/mla_attention.ts";
@@ -45,7 +46,7 @@ const expected = skip === false ? referenceMlaAttention(inputs, problem) : null!
 const onGpu = { ...options, platform: "webgpu", cfg: smallConfig } as const;
 
 async function openDevice(descriptor: GPUDeviceDescriptor = {}): Promise<GPUDevice> {
-  const adapter = await navigator.gpu.requestAdapter();
+  const adapter = await (await findGpu()).requestAdapter();
   return await adapter!.requestDevice(descriptor);
 }
 
@@ -239,7 +240,7 @@ describe("calls that are out of the ordinary", { skip }, () => {
 
   test("one call's tensors tuned on two devices at once", async () => {
     const tuned = () =>
-      new Executor<MlaCall, FlashMLAConfig, Tensor>(
+      new Executor<MlaCall, FlashMLAConfig, AnyTensor>(
         new ConfigSelectorChain({ tuner: new Tuner({ totalBudgetMs: 200 }) }),
       );
     const device = await openDevice();

@@ -2,11 +2,11 @@ import { describe, test } from "node:test";
 import { assert, assertEquals, assertThrows } from "@std/assert";
 import fc from "fast-check";
 import { attentionPlan, paramsBytes, paramsStride, whyInvalid } from "../src/gpu/attention_plan.ts";
-import { defaultLimits } from "../src/gpu/capabilities.ts";
+import { type Capabilities, defaultLimits } from "../src/gpu/capabilities.ts";
 import * as attend from "../src/gpu/kernels/attend.ts";
 import { blockWords, type RowRange, schedule } from "../src/gpu/schedule.ts";
 import { FlashMLAError } from "../src/op/errors.ts";
-import { type MlaProblem, mlaProblem } from "../src/op/mla_problem.ts";
+import { floatInputs, type MlaProblem, mlaProblem } from "../src/op/mla_problem.ts";
 import { pieces } from "../src/op/pieces.ts";
 import { segments, visibleKeyEnd } from "../src/op/segments.ts";
 import { smallConfig } from "./support/gpu.ts";
@@ -26,6 +26,18 @@ const v3: MlaProblem = {
   causal: true,
   softmaxScale: 192 ** -0.5,
   cuSeqlens: null,
+  dtype: "f32",
+};
+
+const least: Capabilities = {
+  engine: "test",
+  adapter: "the least WebGPU allows",
+  software: false,
+  f16: false,
+  subgroups: null,
+  timestamps: "none",
+  subgroupMatrices: [],
+  limits: defaultLimits,
 };
 
 const randomProblems = problems().map((shape) => {
@@ -89,7 +101,7 @@ describe("schedule()", () => {
 
 describe("attentionPlan()", () => {
   test("keeps expanded keys and values within 256 MiB and a binding", () => {
-    const plan = attentionPlan(v3, smallConfig, defaultLimits);
+    const plan = attentionPlan(v3, smallConfig, least);
     assert(plan.keysBytes + plan.valuesBytes <= 256 * 2 ** 20);
     assert(plan.keysBytes <= defaultLimits.maxStorageBufferBindingSize);
     const heads = plan.dispatches.filter(({ kernel }) => kernel === "attend").map(({ workgroups }) => workgroups[0]);
@@ -97,7 +109,7 @@ describe("attentionPlan()", () => {
   });
 
   test("cuts queries so that no binding passes the limit", () => {
-    const { queryRanges } = attentionPlan(v3, smallConfig, defaultLimits);
+    const { queryRanges } = attentionPlan(v3, smallConfig, least);
     assert(queryRanges.length > 1);
     for (const { start, end } of queryRanges) {
       assert((end - start) * 128 * 192 * 4 <= defaultLimits.maxStorageBufferBindingSize);
@@ -108,7 +120,7 @@ describe("attentionPlan()", () => {
   test("splits dispatches past the limit on workgroups", () => {
     const limits = { ...defaultLimits, maxComputeWorkgroupsPerDimension: 16 };
     const problem = { ...v3, queryHeads: 8, kvHeads: 2, keyLength: 1024, queryLength: 1024, kvLoraRank: 16 };
-    const plan = attentionPlan({ ...problem, qkNopeHeadDim: 32, vHeadDim: 32 }, smallConfig, limits);
+    const plan = attentionPlan({ ...problem, qkNopeHeadDim: 32, vHeadDim: 32 }, smallConfig, { ...least, limits });
     for (const { workgroups } of plan.dispatches) assert(Math.max(...workgroups) <= 16);
     const rows = plan.dispatches.filter(({ kernel }) => kernel === "attend")
       .reduce((sum, { workgroups: [heads, blocks] }) => sum + heads * blocks, 0);
@@ -116,7 +128,7 @@ describe("attentionPlan()", () => {
   });
 
   test("gives each dispatch its own parameters", () => {
-    const plan = attentionPlan(v3, smallConfig, defaultLimits);
+    const plan = attentionPlan(v3, smallConfig, least);
     assertEquals(plan.dispatches.map(({ params }) => params), plan.dispatches.map((_, i) => i));
     assertEquals(plan.params.byteLength, plan.dispatches.length * paramsStride);
     assert(paramsBytes <= paramsStride);
@@ -130,7 +142,7 @@ describe("attentionPlan()", () => {
     ] as const
   ) {
     test(`names the limit when ${what} passes it`, () => {
-      const error = assertThrows(() => attentionPlan({ ...v3, ...change }, smallConfig, defaultLimits), FlashMLAError);
+      const error = assertThrows(() => attentionPlan({ ...v3, ...change }, smallConfig, least), FlashMLAError);
       assertEquals(error.code, "limit");
       assert(error.message.includes(what) && error.message.includes("maxStorageBufferBindingSize is 134217728"));
     });
@@ -157,7 +169,7 @@ describe("whyInvalid()", () => {
   ];
   for (const [what, change, message] of wrong) {
     test(`refuses ${what}`, () => {
-      const reason = whyInvalid({ ...smallConfig, ...change } as typeof smallConfig, v3, defaultLimits);
+      const reason = whyInvalid({ ...smallConfig, ...change } as typeof smallConfig, v3, least);
       assert(reason?.includes(message), `${reason}`);
     });
   }
@@ -166,7 +178,7 @@ describe("whyInvalid()", () => {
     for (
       const tile of [smallConfig, { ...smallConfig, blockQ: 64, blockK: 64, numStages: 2, probKeys: 2, blockDepth: 8 }]
     ) {
-      const code = attend.wgsl(tile, v3);
+      const code = attentionPlan(v3, tile, least).kernels.attend;
       const declared = [...code.matchAll(/var<workgroup> \w+: array<array<array<vec4<f32>, (\d+)>, (\d+)>, (\d+)>/g)]
         .reduce((sum, [, a, b, c]) => sum + 16 * Number(a) * Number(b) * Number(c), 16);
       assertEquals(attend.workgroupBytes(tile, v3), declared);
@@ -188,7 +200,7 @@ describe("pieces()", () => {
           assert(part.problem.batch * part.problem.keyLength <= maxKeyRows || whole.length === 1);
         }
         assertEquals(queryRow, problem.batch * problem.queryLength);
-        assertEquals(parts.flatMap(({ inputs }) => [...inputs.query.data]), [...inputs.query.data]);
+        assertEquals(parts.flatMap(({ inputs }) => [...floatInputs(inputs).query.data]), [...inputs.query.data]);
       }),
       { numRuns: 300 },
     );

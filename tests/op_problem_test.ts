@@ -36,6 +36,7 @@ describe("mlaProblem()", () => {
       causal: true,
       softmaxScale: 0.25,
       cuSeqlens: null,
+      dtype: "f32",
     });
   });
 
@@ -90,16 +91,16 @@ const refusals: [title: string, inputs: object, options: object, message: string
     "a null query",
     { ...good, query: null },
     {},
-    "query as a tensor: expected { data: Float32Array, shape: number[] }, ",
+    "query as a tensor: expected { data, shape } or { buffer, shape, dtype }, ",
   ],
   [
     "a null bK",
     { ...good, bK: null },
     {},
-    "bK as a tensor: expected { data: Float32Array, shape: number[] }, got null",
+    "bK as a tensor: expected { data, shape } or { buffer, shape, dtype }, got null",
   ],
-  ["a bare array", { ...good, wKc: new Float32Array(96) }, {}, "wKc as a tensor: expected { data: Float32Array, sh"],
-  ["a number", { ...good, wVc: 3 }, {}, "wVc as a tensor: expected { data: Float32Array, shape: number[] }, got 3"],
+  ["a bare array", { ...good, wKc: new Float32Array(96) }, {}, "wKc as a tensor: expected { data, shape } or"],
+  ["a number", { ...good, wVc: 3 }, {}, "wVc as a tensor: expected { data, shape } or { buffer, shape, dtype }, got 3"],
   [
     "Float64Array data",
     { ...good, keyValue: { data: new Float64Array(112), shape: [2, 7, 8] } },

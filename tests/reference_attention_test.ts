@@ -1,18 +1,18 @@
 import { describe, test } from "node:test";
 import { assert, assertEquals } from "@std/assert";
-import { type MlaInputs, type MlaMathOptions, mlaProblem } from "../src/op/mla_problem.ts";
+import { type HostInputs, type MlaMathOptions, mlaProblem } from "../src/op/mla_problem.ts";
 import { elementCount, type Tensor, tensor } from "../src/op/tensor.ts";
 import { referenceMlaAttention } from "../src/reference/mla_attention.ts";
 import { agreesWith, attentionProperties } from "./support/attention_properties.ts";
 import { assertClose } from "./support/metrics.ts";
 import { normals, randomTensor } from "./support/random_problem.ts";
 
-function reference(inputs: MlaInputs, options: MlaMathOptions = {}): Tensor {
+function reference(inputs: HostInputs, options: MlaMathOptions = {}): Tensor {
   return referenceMlaAttention(inputs, mlaProblem(inputs, options));
 }
 
 // The second oracle: dense, three passes per row, written from the formulas alone. It shares no code with the first.
-function denseAttention(inputs: MlaInputs, options: MlaMathOptions): Tensor {
+function denseAttention(inputs: HostInputs, options: MlaMathOptions): Tensor {
   const { query, keyValue, wKc, wVc, bQ, bK, cuSeqlens } = inputs;
   const at = (t: Tensor, ...index: number[]) => t.data[index.reduce((flat, i, axis) => flat * t.shape[axis] + i, 0)];
   const sumOver = (n: number, term: (i: number) => number) => {
@@ -75,7 +75,7 @@ describe("referenceMlaAttention()", () => {
 });
 
 /** One head, widths of 1, weights of 1: the score of (i, j) is `queries[i] · latents[j]`, and V is the latent. */
-function scalarCall(queries: number[], latents: number[]): MlaInputs {
+function scalarCall(queries: number[], latents: number[]): HostInputs {
   const one = tensor(Float32Array.of(1), [1, 1, 1]);
   return {
     query: tensor(Float32Array.from(queries), [1, queries.length, 1, 1]),

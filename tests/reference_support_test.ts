@@ -3,7 +3,7 @@
 import { describe, test } from "node:test";
 import { assertAlmostEquals, assertEquals, assertRejects, assertThrows } from "@std/assert";
 import fc from "fast-check";
-import { type MlaInputs, mlaProblem } from "../src/op/mla_problem.ts";
+import { type HostInputs, mlaProblem } from "../src/op/mla_problem.ts";
 import { tensor } from "../src/op/tensor.ts";
 import { referenceMlaAttention } from "../src/reference/mla_attention.ts";
 import { type Attention, attentionProperties } from "./support/attention_properties.ts";
@@ -86,11 +86,11 @@ const mistakes: Record<string, { attention: Attention; noticedBy: string[] }> = 
   },
 };
 
-function alignedTopLeft(inputs: MlaInputs): MlaInputs {
+function alignedTopLeft(inputs: HostInputs): HostInputs {
   const [batch, queries] = inputs.query.shape;
   const keys = inputs.keyValue.shape[1];
   if (queries >= keys) return inputs;
-  const cut = (rows: MlaInputs["keyValue"]) => {
+  const cut = (rows: HostInputs["keyValue"]) => {
     const width = rows.shape[2];
     const data = Array.from({ length: batch }, (_, b) => [
       ...rows.data.subarray(b * keys * width, (b * keys + queries) * width),
@@ -100,19 +100,19 @@ function alignedTopLeft(inputs: MlaInputs): MlaInputs {
   return { ...inputs, keyValue: cut(inputs.keyValue), ...(inputs.bK ? { bK: cut(inputs.bK) } : {}) };
 }
 
-function firstItemForAll({ data, shape }: MlaInputs["keyValue"]): MlaInputs["keyValue"] {
+function firstItemForAll({ data, shape }: HostInputs["keyValue"]): HostInputs["keyValue"] {
   return { data: data.map((_, i) => data[i % (shape[1] * shape[2])]), shape };
 }
 
-function fading({ data, shape }: MlaInputs["keyValue"]): MlaInputs["keyValue"] {
+function fading({ data, shape }: HostInputs["keyValue"]): HostInputs["keyValue"] {
   return { data: data.map((x, i) => x / (1 + Math.floor(i / shape[2]))), shape };
 }
 
-function rounded({ data, shape }: MlaInputs["keyValue"]): MlaInputs["keyValue"] {
+function rounded({ data, shape }: HostInputs["keyValue"]): HostInputs["keyValue"] {
   return { data: data.map((x) => Number(x.toPrecision(2))), shape };
 }
 
-function headsInTurn({ query, wKc }: MlaInputs): MlaInputs["query"] {
+function headsInTurn({ query, wKc }: HostInputs): HostInputs["query"] {
   const [batch, length, heads, width] = query.shape;
   const groups = wKc.shape[1];
   const data = new Float32Array(query.data.length);

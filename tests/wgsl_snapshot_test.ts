@@ -7,7 +7,9 @@ import { describe, test } from "node:test";
 import { assert, assertEquals } from "@std/assert";
 import { defaultLimits } from "../src/gpu/capabilities.ts";
 import * as attend from "../src/gpu/kernels/attend.ts";
+import type { AttendShape } from "../src/gpu/kernels/attend_operands.ts";
 import * as expand from "../src/gpu/kernels/expand.ts";
+import * as halfCopy from "../src/gpu/kernels/half_copy.ts";
 
 const directory = new URL("snapshots/", import.meta.url);
 const update = process.env.FLASH_MLA_UPDATE_SNAPSHOTS === "1";
@@ -21,22 +23,54 @@ const small: attend.AttendTile = {
   blockDepth: 4,
   probKeys: 1,
   unrollDepth: false,
+  subgroups: false,
 };
-const shape: attend.AttendShape = { qkNopeHeadDim: 128, qkRopeHeadDim: 64, vHeadDim: 32, rope: "in_query" };
+const shape: AttendShape = {
+  vHeadDim: 32,
+  rope: "in_query",
+  query: "vec4<f32>",
+  keys: "vec4<f32>",
+  values: "vec4<f32>",
+  output: "vec4<f32>",
+  ropeKey: "vec4<f32>",
+  ropeQuery: "f32",
+};
+const odd: AttendShape = {
+  vHeadDim: 7,
+  rope: "shared",
+  query: "f32",
+  keys: "f32",
+  values: "f32",
+  output: "f32",
+  ropeKey: "f32",
+  ropeQuery: "f32",
+};
+const halves: AttendShape = { ...shape, query: "vec4<f16>", keys: "vec4<f16>", output: "f16", ropeKey: "f16" };
+const withSubgroups = { subgroups: { minSize: 32, maxSize: 32, directive: true } };
+const without = { subgroups: null };
+const tile = (unrollDepth: boolean) => expand.expandTile({ expandBlock: 32, unrollDepth }, defaultLimits);
 
 const kernels: Record<string, string> = {
-  "attend": attend.wgsl(small, shape),
-  "attend_no_rope": attend.wgsl(small, { ...shape, qkRopeHeadDim: 0, rope: "none" }),
-  "attend_shared_rope_odd_widths": attend.wgsl(small, { ...shape, qkNopeHeadDim: 5, vHeadDim: 7, rope: "shared" }),
-  "attend_two_stages_unrolled": attend.wgsl({ ...small, numStages: 2, unrollDepth: true }, shape),
-  "expand": expand.wgsl(expand.expandTile({ expandBlock: 32, unrollDepth: true }, defaultLimits), {
-    kvLoraRank: 512,
-    headDim: 128,
+  "attend": attend.wgsl(small, shape, without),
+  "attend_no_rope": attend.wgsl(small, { ...shape, rope: "none" }, without),
+  "attend_shared_rope_odd_widths": attend.wgsl(small, odd, without),
+  "attend_two_stages_unrolled": attend.wgsl({ ...small, numStages: 2, unrollDepth: true }, shape, without),
+  "attend_halves_subgroups": attend.wgsl({ ...small, subgroups: true }, halves, withSubgroups),
+  "expand": expand.wgsl(tile(true), {
+    latent: "vec4<f32>",
+    weight: "vec4<f32>",
+    expanded: "vec4<f32>",
+    gapped: false,
   }),
-  "expand_odd_widths": expand.wgsl(expand.expandTile({ expandBlock: 32, unrollDepth: false }, defaultLimits), {
-    kvLoraRank: 7,
-    headDim: 5,
+  "expand_odd_widths": expand.wgsl(tile(false), { latent: "f32", weight: "f32", expanded: "f32", gapped: true }),
+  "expand_halves": expand.wgsl(tile(false), {
+    latent: "f16",
+    weight: "vec4<f16>",
+    expanded: "vec4<f16>",
+    gapped: false,
   }),
+  "half_unpack": halfCopy.wgsl("unpack"),
+  "half_pack": halfCopy.wgsl("pack"),
 };
 
 describe("generated WGSL", () => {
@@ -61,8 +95,9 @@ describe("generated WGSL", () => {
     });
   }
 
-  test("depends on no length and no head count", () => {
-    const wide = { ...shape, queryHeads: 1, kvHeads: 1, keyLength: 7, qkNopeHeadDim: 64, qkRopeHeadDim: 32 };
-    assertEquals(attend.wgsl(small, wide), kernels.attend);
+  test("says `enable subgroups;` only where the engine wants it", () => {
+    const hidden = { subgroups: { minSize: 32, maxSize: 32, directive: false } };
+    assert(kernels.attend_halves_subgroups.startsWith("enable subgroups;\nenable f16;\n"));
+    assert(attend.wgsl({ ...small, subgroups: true }, halves, hidden).startsWith("enable f16;\n"));
   });
 });

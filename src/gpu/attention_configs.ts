@@ -86,17 +86,20 @@ export function candidateConfigs(problem: MlaProblem, capabilities: Capabilities
   for (const tile of [...tilings, ...(problem.vHeadDim > 256 ? [wideTiling] : [])]) {
     // A tile that is mostly padding is not worth its compile time; the smallest one stays for every problem.
     if (tile.blockQ > 32 && tile.blockQ >= 2 * rows) continue;
+    const valid = (config: FlashMLAConfig) => whyInvalid(config, problem, capabilities) === null;
     const fitting = stagings
       .map((stages): FlashMLAConfig => ({
         ...tile,
         ...stages,
         unrollDepth: true,
+        subgroups: false,
         expandBlock: expandBlock(problem),
         platform: "webgpu",
         backend: "gpu",
       }))
-      .filter((config) => whyInvalid(config, problem, capabilities.limits) === null);
-    found.push(...fitting.slice(0, stagingsPerTiling));
+      .filter(valid);
+    const shuffling = fitting.slice(0, 1).map((config) => ({ ...config, subgroups: true })).filter(valid);
+    found.push(...fitting.slice(0, stagingsPerTiling), ...shuffling);
   }
   if (found.length === 0) {
     const { maxComputeWorkgroupStorageSize, maxComputeInvocationsPerWorkgroup } = capabilities.limits;

@@ -4,9 +4,23 @@
 import type { FlashMLAConfig } from "../op/config.ts";
 import { FlashMLAError } from "../op/errors.ts";
 import type { MlaProblem } from "../op/mla_problem.ts";
-import type { GpuLimits } from "./capabilities.ts";
+import type { Capabilities, GpuLimits } from "./capabilities.ts";
 import * as attend from "./kernels/attend.ts";
 import * as expand from "./kernels/expand.ts";
+import { storageElement } from "./kernels/storage_element.ts";
+import {
+  batchGap,
+  type BindingWindow,
+  denseLayouts,
+  denseWindow,
+  emptyBinding,
+  isQuadAligned,
+  type LaidOut,
+  type OperandLayout,
+  type OperandLayouts,
+  rowWindow,
+  type StorageType,
+} from "./operand_layout.ts";
 import { blockWords, type RowRange, schedule } from "./schedule.ts";
 
 /** Bytes of expanded keys and values that are kept at a time, unless one head alone needs more. */
@@ -16,28 +30,29 @@ export const scratchLimit = 256 * 2 ** 20;
 export const paramsStride = 256;
 
 /** Bytes of one parameter block, at least as many as the largest of the kernels' `Params`. */
-export const paramsBytes = 48;
+export const paramsBytes = 96;
 
 /** The operands that the plan's dispatches bind. */
-export type Operand =
-  | "params"
-  | "blocks"
-  | "query"
-  | "keyValue"
-  | "wKc"
-  | "wVc"
-  | "bQ"
-  | "bK"
-  | "keys"
-  | "values"
-  | "output";
+export type Operand = LaidOut | "params" | "blocks" | "keys" | "values";
+
+/** One binding of a dispatch. */
+export interface Binding {
+  /** Index in the kernel's group 0. */
+  readonly binding: number;
+  /** What is bound. */
+  readonly operand: Operand;
+  /** Bytes from the operand's start. */
+  readonly offset: number;
+  /** Bytes to bind. */
+  readonly size: number;
+}
 
 /** One dispatch. */
 export interface Dispatch {
   /** Which of the plan's kernels runs. */
   readonly kernel: "expandKeys" | "expandValues" | "attend";
-  /** Operands by binding index; index 0 is the parameter block. */
-  readonly bindings: readonly { readonly binding: number; readonly operand: Operand }[];
+  /** What is bound; index 0 is the parameter block. */
+  readonly bindings: readonly Binding[];
   /** Index of the dispatch's parameter block. */
   readonly params: number;
   /** Index into {@link AttentionPlan.queryRanges}; 0 for the expansions. */
@@ -60,6 +75,8 @@ export interface AttentionPlan {
   readonly dispatches: readonly Dispatch[];
   /** The parameter blocks, {@link paramsStride} bytes apart. */
   readonly params: ArrayBuffer;
+  /** Where the tensors lie. */
+  readonly layouts: OperandLayouts;
   /** Ranges of query rows that are uploaded, computed and read back as one. */
   readonly queryRanges: readonly QueryRange[];
   /** Bytes of expanded keys of one head group. */
@@ -69,9 +86,9 @@ export interface AttentionPlan {
 }
 
 /** Why this configuration cannot run this problem on such a device, or null when it can. */
-export function whyInvalid(config: FlashMLAConfig, problem: MlaProblem, limits: GpuLimits): string | null {
-  return attend.whyInvalid(config, problem, limits) ??
-    expand.whyInvalid(expand.expandTile(config, limits), limits);
+export function whyInvalid(config: FlashMLAConfig, problem: MlaProblem, capabilities: Capabilities): string | null {
+  return attend.whyInvalid(config, problem, capabilities) ??
+    expand.whyInvalid(expand.expandTile(config, capabilities.limits), capabilities.limits);
 }
 
 /**
@@ -79,25 +96,38 @@ export function whyInvalid(config: FlashMLAConfig, problem: MlaProblem, limits: 
  *
  * @param problem The validated problem; batch, lengths and heads must not be empty.
  * @param config A configuration that {@link whyInvalid} accepts.
- * @param limits The device's limits.
+ * @param capabilities The device's capabilities.
+ * @param layouts Where the tensors lie; dense float32 in memory of ours when absent.
  * @throws {FlashMLAError} With code `limit`, naming it, when an operand cannot be cut into pieces that fit.
  */
-export function attentionPlan(problem: MlaProblem, config: FlashMLAConfig, limits: GpuLimits): AttentionPlan {
-  const { batch, keyLength, queryHeads, kvHeads, kvLoraRank, qkNopeHeadDim, qkRopeHeadDim, vHeadDim } = problem;
+export function attentionPlan(
+  problem: MlaProblem,
+  config: FlashMLAConfig,
+  capabilities: Capabilities,
+  layouts: OperandLayouts = denseLayouts(problem),
+): AttentionPlan {
+  const { limits } = capabilities;
+  const { batch, keyLength, queryLength, queryHeads, kvHeads, rope } = problem;
+  const { kvLoraRank, qkNopeHeadDim, qkRopeHeadDim, vHeadDim } = problem;
+  const { query, keyValue, wKc, wVc, bQ, bK, output } = layouts as Required<OperandLayouts>;
+  const scratch: StorageType = [keyValue, wKc, wVc].every(({ dtype }) => dtype === "f16") ? "f16" : "f32";
+  const scratchBytes = scratch === "f16" ? 2 : 4;
   const keyRows = batch * keyLength;
   const headsPerKv = queryHeads / kvHeads;
-  checkBinding("keyValue", keyRows * kvLoraRank * 4, limits);
-  checkBinding("wKc", kvLoraRank * kvHeads * qkNopeHeadDim * 4, limits);
-  checkBinding("wVc", kvLoraRank * kvHeads * vHeadDim * 4, limits);
-  checkBinding("bK", keyRows * qkRopeHeadDim * 4, limits);
+  const latents = checked("keyValue", rowWindow(keyValue, keyLength, 0, keyRows, kvLoraRank), limits);
+  const weights = {
+    keys: checked("wKc", denseWindow(wKc, kvLoraRank * kvHeads * qkNopeHeadDim), limits),
+    values: checked("wVc", denseWindow(wVc, kvLoraRank * kvHeads * vHeadDim), limits),
+  };
+  const ropeKeys = rope === "none" ? null : checked("bK", rowWindow(bK, keyLength, 0, keyRows, qkRopeHeadDim), limits);
 
-  const headBytes = keyRows * Math.max(qkNopeHeadDim, vHeadDim) * 4;
+  const headBytes = keyRows * Math.max(qkNopeHeadDim, vHeadDim) * scratchBytes;
   checkBinding("the expanded keys or values of one head", headBytes, limits);
   const groupKvHeads = Math.max(
     1,
     Math.min(
       kvHeads,
-      Math.floor(scratchLimit / (keyRows * (qkNopeHeadDim + vHeadDim) * 4)),
+      Math.floor(scratchLimit / (keyRows * (qkNopeHeadDim + vHeadDim) * scratchBytes)),
       Math.floor(limits.maxStorageBufferBindingSize / headBytes),
       Math.floor(limits.maxComputeWorkgroupsPerDimension / headsPerKv),
     ),
@@ -105,16 +135,28 @@ export function attentionPlan(problem: MlaProblem, config: FlashMLAConfig, limit
   if (headsPerKv > limits.maxComputeWorkgroupsPerDimension) {
     throw limitError(`${headsPerKv} query heads per KV head`, "maxComputeWorkgroupsPerDimension", limits);
   }
+  // A binding is a whole number of words.
+  const scratchSize = (headDim: number) =>
+    Math.max(emptyBinding, Math.ceil(keyRows * groupKvHeads * headDim * scratchBytes / 4) * 4);
+  const scratchSizes = { keys: scratchSize(qkNopeHeadDim), values: scratchSize(vHeadDim) };
 
-  const queryRanges = splitQueries(problem, limits).map((rows) => ({
+  const queryRanges = splitQueries(problem, layouts, limits).map((rows) => ({
     ...rows,
     blocks: schedule(problem, config.blockQ, rows),
   }));
   const tile = expand.expandTile(config, limits);
   const dispatches: Dispatch[] = [];
   const params: { readonly floats: readonly number[]; readonly words: readonly number[] }[] = [];
-  const add = (dispatch: Omit<Dispatch, "params">, floats: readonly number[], words: readonly number[]) => {
-    dispatches.push({ ...dispatch, params: params.length });
+  const add = (
+    dispatch: Pick<Dispatch, "kernel" | "range" | "workgroups">,
+    operands: readonly (readonly [Operand, Pick<BindingWindow, "offset" | "size">])[],
+    floats: readonly number[],
+    words: readonly number[],
+  ) => {
+    const own = { offset: params.length * paramsStride, size: paramsBytes };
+    const bindings = [["params", own] as const, ...operands]
+      .map(([operand, { offset, size }], binding) => ({ binding, operand, offset, size }));
+    dispatches.push({ ...dispatch, bindings, params: params.length });
     params.push({ floats, words });
   };
 
@@ -131,79 +173,129 @@ export function attentionPlan(problem: MlaProblem, config: FlashMLAConfig, limit
         add(
           {
             kernel: side === "keys" ? "expandKeys" : "expandValues",
-            bindings: [
-              { binding: 0, operand: "params" },
-              { binding: 1, operand: "keyValue" },
-              { binding: 2, operand: side === "keys" ? "wKc" : "wVc" },
-              { binding: 3, operand: side },
-            ],
             range: 0,
             workgroups: [columnTiles, tiles],
           },
+          [
+            ["keyValue", latents],
+            [side === "keys" ? "wKc" : "wVc", weights[side]],
+            [side, { offset: 0, size: scratchSizes[side] }],
+          ],
           [],
-          [keyRows, heads * headDim, first * headDim, firstTile, kvLoraRank, kvHeads * headDim],
+          [
+            ...[keyRows, heads * headDim, first * headDim, firstTile, kvLoraRank, kvHeads * headDim],
+            ...[latents.base, keyValue.row, keyLength, batchGap(keyValue, keyLength), weights[side].base],
+          ],
         );
       }
     }
-    queryRanges.forEach(({ blocks }, range) => {
+    queryRanges.forEach(({ start, end, blocks }, range) => {
+      const rowsOf = (what: string, layout: OperandLayout, width: number) =>
+        checked(what, rowWindow(layout, queryLength, start, end, width), limits);
+      const queries = rowsOf("query", query, rowWidth(query, problem, "query"));
+      const outputs = rowsOf("the output", output, rowWidth(output, problem, "output"));
+      const ropeQueries = rope === "shared" ? rowsOf("bQ", bQ, qkRopeHeadDim) : null;
       const count = blocks.length / blockWords;
       for (const [firstBlock, tiles] of chunks(count, limits.maxComputeWorkgroupsPerDimension)) {
         add(
-          {
-            kernel: "attend",
-            bindings: attendBindings(problem),
-            range,
-            workgroups: [heads * headsPerKv, tiles],
-          },
+          { kernel: "attend", range, workgroups: [heads * headsPerKv, tiles] },
+          [
+            ["blocks", { offset: 0, size: blocks.byteLength }],
+            ["query", queries],
+            ["keys", { offset: 0, size: scratchSizes.keys }],
+            ["values", { offset: 0, size: scratchSizes.values }],
+            ["output", outputs],
+            ...(ropeKeys === null ? [] : [["bK", ropeKeys] as const]),
+            ...(ropeQueries === null ? [] : [["bQ", ropeQueries] as const]),
+          ],
           [problem.softmaxScale * Math.LOG2E],
           [
-            first * headsPerKv,
-            heads,
-            firstBlock,
-            queryHeads,
-            headsPerKv,
-            qkNopeHeadDim,
-            qkRopeHeadDim,
-            vHeadDim,
+            ...[first * headsPerKv, heads, firstBlock, headsPerKv, qkNopeHeadDim, qkRopeHeadDim, vHeadDim],
+            ...[queries.base, query.row, query.head, batchGap(query, queryLength)],
+            ...[outputs.base, output.row, output.head, batchGap(output, queryLength)],
+            ...(ropeKeys === null ? [0, 0, 0] : [ropeKeys.base, bK.row, batchGap(bK, keyLength)]),
+            ...(ropeQueries === null ? [0, 0, 0] : [ropeQueries.base, bQ.row, batchGap(bQ, queryLength)]),
           ],
         );
       }
     });
   }
 
+  const quads = (layout: OperandLayout, ...widths: number[]) =>
+    storageElement(layout.dtype, isQuadAligned(layout) && widths.every((width) => width % 4 === 0));
+  const expanded = (headDim: number) => storageElement(scratch, headDim % 4 === 0);
+  const gapped = batchGap(keyValue, keyLength) !== 0;
   return {
     kernels: {
-      expandKeys: expand.wgsl(tile, { kvLoraRank, headDim: qkNopeHeadDim }),
-      expandValues: expand.wgsl(tile, { kvLoraRank, headDim: vHeadDim }),
-      attend: attend.wgsl(config, problem),
+      expandKeys: expand.wgsl(tile, {
+        latent: quads(keyValue, kvLoraRank),
+        weight: quads(wKc, qkNopeHeadDim),
+        expanded: expanded(qkNopeHeadDim),
+        gapped,
+      }),
+      expandValues: expand.wgsl(tile, {
+        latent: quads(keyValue, kvLoraRank),
+        weight: quads(wVc, vHeadDim),
+        expanded: expanded(vHeadDim),
+        gapped,
+      }),
+      attend: attend.wgsl(config, {
+        vHeadDim,
+        rope,
+        query: quads(query, qkNopeHeadDim, rope === "in_query" ? qkRopeHeadDim : 0),
+        keys: expanded(qkNopeHeadDim),
+        values: expanded(vHeadDim),
+        output: quads(output, vHeadDim),
+        ropeKey: rope === "none" ? "f32" : quads(bK, qkRopeHeadDim),
+        ropeQuery: rope === "shared" ? quads(bQ, qkRopeHeadDim) : "f32",
+      }, capabilities),
     },
     dispatches,
     params: packParams(params),
+    layouts,
     queryRanges,
-    keysBytes: keyRows * groupKvHeads * qkNopeHeadDim * 4,
-    valuesBytes: keyRows * groupKvHeads * vHeadDim * 4,
+    keysBytes: scratchSizes.keys,
+    valuesBytes: scratchSizes.values,
   };
 }
 
-function attendBindings(problem: MlaProblem): Dispatch["bindings"] {
-  const operands: Operand[] = ["params", "blocks", "query", "keys", "values", "output"];
-  if (problem.rope !== "none") operands.push("bK");
-  if (problem.rope === "shared") operands.push("bQ");
-  return operands.map((operand, binding) => ({ binding, operand }));
+/** Elements from the first to one past the last of a row of queries or outputs, all heads included. */
+function rowWidth(layout: OperandLayout, problem: MlaProblem, which: "query" | "output"): number {
+  const { queryHeads, qkNopeHeadDim, qkRopeHeadDim, vHeadDim, rope } = problem;
+  const headDim = which === "output" ? vHeadDim : qkNopeHeadDim + (rope === "in_query" ? qkRopeHeadDim : 0);
+  return (queryHeads - 1) * layout.head + headDim;
 }
 
 /** Ranges of query rows whose queries and outputs each fit one binding. */
-function splitQueries(problem: MlaProblem, limits: GpuLimits): RowRange[] {
-  const { batch, queryLength, queryHeads, qkNopeHeadDim, qkRopeHeadDim, vHeadDim, rope } = problem;
-  const queryWidth = qkNopeHeadDim + (rope === "in_query" ? qkRopeHeadDim : 0);
-  const rowBytes = queryHeads * Math.max(queryWidth, vHeadDim) * 4;
-  checkBinding("one row of query or output", rowBytes, limits);
+function splitQueries(problem: MlaProblem, layouts: OperandLayouts, limits: GpuLimits): RowRange[] {
+  const { batch, queryLength, qkRopeHeadDim } = problem;
+  const { query, output, bQ } = layouts as Required<OperandLayouts>;
+  const split = [
+    { layout: query, width: rowWidth(query, problem, "query") },
+    { layout: output, width: rowWidth(output, problem, "output") },
+    ...(problem.rope === "shared" ? [{ layout: bQ, width: qkRopeHeadDim }] : []),
+  ];
+  const limit = limits.maxStorageBufferBindingSize;
+  const fits = (start: number, end: number) =>
+    split.every(({ layout, width }) => {
+      // A later range may begin up to 252 bytes into its window.
+      const slack = layout.resident && start + end < batch * queryLength ? 252 : 0;
+      return rowWindow(layout, queryLength, start, end, width).size + slack <= limit;
+    });
+  // The largest power-of-two share of a batch item that fits; without gaps, rows of several items make one range.
   const rows = batch * queryLength;
-  const perRange = Math.floor(limits.maxStorageBufferBindingSize / rowBytes);
-  return Array.from({ length: Math.ceil(rows / perRange) }, (_, i) => ({
-    start: i * perRange,
-    end: Math.min((i + 1) * perRange, rows),
-  }));
+  if (fits(0, rows)) return [{ start: 0, end: rows }];
+  const whole = split.every(({ layout }) => batchGap(layout, queryLength) === 0) ? rows : queryLength;
+  let perRange = whole;
+  while (perRange > 1 && !fits(0, perRange)) perRange = Math.ceil(perRange / 2);
+  if (!fits(0, perRange)) {
+    const [bytes] = split.map(({ layout, width }) => rowWindow(layout, queryLength, 0, 1, width).size)
+      .sort((a, b) => b - a);
+    throw limitError(`one row of query or output needs ${bytes} bytes`, "maxStorageBufferBindingSize", limits);
+  }
+  return Array.from({ length: rows / whole }, (_, item) => item * whole).flatMap((start) =>
+    chunks(whole, perRange).map(([first, length]) => ({ start: start + first, end: start + first + length }))
+  );
 }
 
 function chunks(count: number, atMost: number): [first: number, length: number][] {
@@ -219,9 +311,15 @@ function packParams(
   const packed = new ArrayBuffer(blocks.length * paramsStride);
   blocks.forEach(({ floats, words }, i) => {
     new Float32Array(packed, i * paramsStride, floats.length).set(floats);
-    new Uint32Array(packed, i * paramsStride + floats.length * 4, words.length).set(words);
+    // Negative gaps wrap around, as the kernels' arithmetic does.
+    new Uint32Array(packed, i * paramsStride + floats.length * 4, words.length).set(words.map((word) => word >>> 0));
   });
   return packed;
+}
+
+function checked(what: string, window: BindingWindow, limits: GpuLimits): BindingWindow {
+  checkBinding(what, window.size, limits);
+  return window;
 }
 
 function checkBinding(what: string, bytes: number, limits: GpuLimits): void {

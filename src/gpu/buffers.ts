@@ -97,6 +97,12 @@ export class BufferPool {
     }
   }
 
+  /** Takes a borrowed buffer out of use, when it may be one that the device refused to allocate. */
+  discard(buffer: GPUBuffer): void {
+    this.#lent--;
+    buffer.destroy();
+  }
+
   /** Frees every idle buffer. */
   clear(): void {
     for (const { buffer } of this.#idle.splice(0)) buffer.destroy();

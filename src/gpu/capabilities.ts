@@ -1,5 +1,8 @@
 // What a device can do, as far as kernels and tuning care.
 
+import type { ProbeFindings } from "./capability_probe.ts";
+import type { Engine } from "./engine.ts";
+
 /** The limits of a device that decide what a kernel may use, under WebGPU's own names. */
 export interface GpuLimits {
   /** Bytes of workgroup memory per workgroup. */
@@ -68,13 +71,17 @@ export interface SubgroupMatrixConfig {
 export interface Capabilities {
   /** The WebGPU implementation and its version, such as `wgpu (Deno 2.9.6)`. */
   readonly engine: string;
-  /** The adapter in the driver's words. */
+  /** The adapter in the driver's words; ends with `over OpenGL` where the engine runs on that instead of Vulkan. */
   readonly adapter: string;
   /** Whether the adapter runs on the CPU, as far as its name tells. */
   readonly software: boolean;
-  /** Whether kernels may use half precision (`shader-f16`). */
+  /** Whether kernels may use half precision: the device has `shader-f16`, and a kernel that uses it gave the right numbers. */
   readonly f16: boolean;
-  /** The subgroups that kernels may use, or null. */
+  /**
+   * The subgroups that kernels may use, or null. Their size is a power of two, they are made of neighbours
+   * (`subgroup_invocation_id == local_invocation_index % subgroup_size`), and `subgroupShuffleXor` moves `vec4<f32>`: all of
+   * this was seen to hold.
+   */
   readonly subgroups: Subgroups | null;
   /** Timestamp queries: none, in full resolution, or rounded by the engine to coarse steps. */
   readonly timestamps: "none" | "exact" | "quantised";
@@ -84,39 +91,114 @@ export interface Capabilities {
   readonly limits: GpuLimits;
 }
 
-/** Reads the capabilities of an open device. */
-export function capabilitiesOf(device: GPUDevice, adapterInfo: GPUAdapterInfo | undefined): Capabilities {
+/**
+ * Puts together what a device says of itself and what its probe found.
+ *
+ * @param device An open device.
+ * @param engine Its engine.
+ * @param findings What its kernels did.
+ */
+export function capabilitiesOf(device: GPUDevice, engine: Engine, findings: ProbeFindings): Capabilities {
   const limits = Object.fromEntries(limitNames.map((name) => [name, Number(device.limits[name])]));
-  const { vendor = "", architecture = "", device: model = "", description = "" } = adapterInfo ?? {};
-  const adapter = description || [vendor, architecture, model].filter((part) => part !== "").join(" ") ||
-    "unnamed adapter";
+  const info = device.adapterInfo;
+  const subgroups = subgroupRange(info, findings.subgroupSizes);
   return {
-    engine: engineName(),
-    adapter,
-    software: /llvmpipe|lavapipe|swiftshader|software|basic render/i.test(adapter),
-    f16: device.features.has("shader-f16"),
-    subgroups: null,
-    timestamps: device.features.has("timestamp-query") ? "exact" : "none",
-    subgroupMatrices: [],
+    engine: engine.name,
+    adapter: adapterName(info) + (engine.graphicsApi === "" ? "" : ` over ${engine.graphicsApi}`),
+    software: /llvmpipe|lavapipe|swiftshader|software|basic render/i.test(adapterName(info)),
+    f16: findings.f16,
+    subgroups: subgroups === null ? null : { ...subgroups, directive: engine.subgroupsDirective },
+    timestamps: timestampQuality(findings.ticks),
+    subgroupMatrices: subgroupMatrices(device),
     limits: limits as unknown as GpuLimits,
   };
 }
 
+/** Sizes that an engine gives when it does not know or does not tell: all that WebGPU allows. */
+const untold = { min: 4, max: 128 };
+
+/** The range of subgroup sizes: the engine's when it is one and holds what was seen, else what was seen. */
+function subgroupRange(
+  info: GPUAdapterInfo | undefined,
+  seen: readonly number[],
+): Pick<Subgroups, "minSize" | "maxSize"> | null {
+  if (seen.length === 0) return null;
+  const [least, most] = [seen[0], seen[seen.length - 1]];
+  const { subgroupMinSize: min = 0, subgroupMaxSize: max = 0 } = info ?? {};
+  const isTold = min > 0 && !(min === untold.min && max === untold.max);
+  return isTold && min <= least && most <= max ? { minSize: min, maxSize: max } : { minSize: least, maxSize: most };
+}
+
+/** Steps that browsers and Dawn round timestamps to, in nanoseconds. */
+const timestampSteps = [65_536n, 100_000n];
+
+/** Clocks tick in tens of nanoseconds at most: that all of eight ticks fall on a coarse step is no accident. */
+function timestampQuality(ticks: readonly bigint[]): Capabilities["timestamps"] {
+  if (ticks.every((tick) => tick === 0n)) return "none";
+  const isCoarse = timestampSteps.some((step) => ticks.every((tick) => tick % step === 0n));
+  return isCoarse ? "quantised" : "exact";
+}
+
+function subgroupMatrices(device: GPUDevice): SubgroupMatrixConfig[] {
+  if (!(device.features as ReadonlySet<string>).has("chromium-experimental-subgroup-matrix")) return [];
+  const info = device.adapterInfo as { readonly subgroupMatrixConfigs?: Iterable<SubgroupMatrixConfig> };
+  return [...info.subgroupMatrixConfigs ?? []].map(({ componentType, resultComponentType, M, N, K }) => (
+    { componentType, resultComponentType, M, N, K }
+  ));
+}
+
+/** An adapter in the driver's words, as far as the engine passes them on. */
+export function adapterName(info: GPUAdapterInfo | undefined): string {
+  const { vendor = "", architecture = "", device = "", description = "" } = info ?? {};
+  return description || [vendor, architecture, device].filter((part) => part !== "").join(" ") || "unnamed adapter";
+}
+
 /** One line that two devices share exactly when a configuration tuned on one is valid on the other. */
 export function deviceFingerprint(capabilities: Capabilities): string {
-  const { engine, adapter, f16, subgroups, timestamps, limits } = capabilities;
+  const { engine, adapter, f16, subgroups, timestamps, subgroupMatrices, limits } = capabilities;
   return [
-    engine,
+    // Dawn compiles the same kernels in every runtime that hosts it.
+    engine.replace(/^(Dawn \(webgpu \d[^,]*), [^)]*\)$/, "$1)"),
     adapter,
     f16 ? "f16" : "no f16",
     subgroups === null ? "no subgroups" : `subgroups ${subgroups.minSize} to ${subgroups.maxSize}`,
     `timestamps ${timestamps}`,
+    ...subgroupMatrices.length === 0 ? [] : [`matrices ${subgroupMatrices.map(matrixName).join(" ")}`],
     ...limitNames.map((name) => limits[name]),
   ].join("; ");
 }
 
-function engineName(): string {
-  const host = globalThis as { Deno?: { version: { deno: string } }; navigator?: { userAgent?: string } };
-  if (host.Deno !== undefined) return `wgpu (Deno ${host.Deno.version.deno})`;
-  return host.navigator?.userAgent ?? "unknown engine";
+/**
+ * Capabilities for people to read.
+ *
+ * @param capabilities What {@link deviceCapabilities} gave.
+ * @returns Lines of a name and a value, without a newline at the end.
+ */
+export function describeCapabilities(capabilities: Capabilities): string {
+  const { engine, adapter, software, f16, subgroups, timestamps, subgroupMatrices, limits } = capabilities;
+  const { minSize = 0, maxSize = 0 } = subgroups ?? {};
+  const size = (bytes: number) => bytes < 2 ** 20 ? `${bytes / 2 ** 10} KiB` : `${Math.round(bytes / 2 ** 20)} MiB`;
+  const lines = [
+    ["engine", engine],
+    ["adapter", software ? `${adapter} (in software)` : adapter],
+    ["half precision", f16 ? "yes" : "no"],
+    ["subgroups", subgroups === null ? "no" : minSize === maxSize ? `of ${minSize}` : `of ${minSize} to ${maxSize}`],
+    ["subgroup matrices", subgroupMatrices.length === 0 ? "no" : subgroupMatrices.map(matrixName).join(", ")],
+    ["timestamps", timestamps],
+    [
+      "workgroups",
+      `${limits.maxComputeInvocationsPerWorkgroup} invocations, ${limits.maxComputeWorkgroupSizeX} along x, ` +
+      `${size(limits.maxComputeWorkgroupStorageSize)} of memory, ${limits.maxComputeWorkgroupsPerDimension} per axis`,
+    ],
+    [
+      "buffers",
+      `${size(limits.maxBufferSize)}, bindings of ${size(limits.maxStorageBufferBindingSize)}, ` +
+      `${limits.maxStorageBuffersPerShaderStage} to a kernel`,
+    ],
+  ];
+  return lines.map(([name, value]) => `${name.padEnd(18)} ${value}`).join("\n");
+}
+
+function matrixName({ M, N, K, componentType, resultComponentType }: SubgroupMatrixConfig): string {
+  return `${M}x${N}x${K} ${componentType} to ${resultComponentType}`;
 }

@@ -1,9 +1,13 @@
 // Devices: one of our own per process, opened on first use and again after a loss, or the caller's.
 
 import { FlashMLAError } from "../op/errors.ts";
+import { kindOf } from "../op/tensor.ts";
 import { BufferPool } from "./buffers.ts";
-import { type Capabilities, capabilitiesOf, limitNames } from "./capabilities.ts";
+import { probe } from "./capability_probe.ts";
+import { adapterName, type Capabilities, capabilitiesOf } from "./capabilities.ts";
+import { adapterAdvice, engineOf } from "./engine.ts";
 import { PipelineCache } from "./pipelines.ts";
+import { type DeviceOptions, requestDevice } from "./request_device.ts";
 
 /** A device with what the library keeps for it. */
 export interface GpuContext {
@@ -19,8 +23,40 @@ export interface GpuContext {
   readonly lost: () => string | null;
 }
 
-const contexts = new WeakMap<GPUDevice, GpuContext>();
+const contexts = new WeakMap<GPUDevice, Promise<GpuContext>>();
 let opening: Promise<GpuContext> | null = null;
+
+/**
+ * Opens a device of its own, apart from the one that calls without `options.device` share. It is the caller's to destroy.
+ *
+ * @param options Which engine, adapter and features.
+ * @returns A device with the adapter's limits, and with half precision, subgroups and timestamp queries where they are to
+ * be had; the library has probed it.
+ * @throws {FlashMLAError} With code `unsupported-platform` where there is no engine, no adapter that computes right, or no
+ * such feature, saying what to install; `invalid-input` for options that are none.
+ *
+ * @example Dawn in Deno, beside Deno's own WebGPU
+ * ```ts ignore
+ * import { deviceCapabilities, describeCapabilities, openDevice } from "@flash-mla/webgpu";
+ *
+ * const device = await openDevice({ engine: "dawn" });
+ * console.log(describeCapabilities(await deviceCapabilities(device)));
+ * // then mlaAttention(inputs, { device }), and in the end device.destroy()
+ * ```
+ */
+export async function openDevice(options: DeviceOptions = {}): Promise<GPUDevice> {
+  return (await openOwn(options)).device;
+}
+
+/**
+ * What a device can do: read from it and, once per device, measured.
+ *
+ * @param device A device; the process's own when absent.
+ * @throws {FlashMLAError} What {@link gpuContext} throws.
+ */
+export async function deviceCapabilities(device?: GPUDevice): Promise<Capabilities> {
+  return (await gpuContext(device)).capabilities;
+}
 
 /**
  * The context of a caller's device, or of the process's own.
@@ -32,13 +68,14 @@ let opening: Promise<GpuContext> | null = null;
  */
 export async function gpuContext(device?: GPUDevice): Promise<GpuContext> {
   if (device !== undefined) {
-    const context = contexts.get(device) ?? adopt(device, device.adapterInfo);
-    // A loss that happened before we came is known only after the microtasks have run.
-    await Promise.resolve();
+    if (typeof device?.createBuffer !== "function") {
+      throw new FlashMLAError("invalid-input", `Cannot use device: expected a GPUDevice, got ${kindOf(device)}`);
+    }
+    const context = await adopted(device);
     if (context.lost() !== null) throw lostError(context);
     return context;
   }
-  const current = opening ??= openOwn().catch((error) => {
+  const current = opening ??= openOwn({}).catch((error) => {
     opening = null;
     throw error;
   });
@@ -48,18 +85,26 @@ export async function gpuContext(device?: GPUDevice): Promise<GpuContext> {
   return await gpuContext();
 }
 
-/** Whether this runtime offers a WebGPU adapter. Never throws. */
+/**
+ * Whether this runtime offers a WebGPU adapter.
+ *
+ * @throws {FlashMLAError} With code `invalid-input` when `FLASH_MLA_ENGINE` names no engine; never otherwise.
+ */
 export async function hasAdapter(): Promise<boolean> {
   try {
     await gpuContext();
     return true;
-  } catch {
+  } catch (error) {
+    if (error instanceof FlashMLAError && error.code === "invalid-input") throw error;
     return false;
   }
 }
 
+/** What is known of a device before its capabilities are. */
+type NamedDevice = Pick<GpuContext, "device" | "lost"> & { readonly capabilities: Pick<Capabilities, "adapter"> };
+
 /** The error for a call that a lost device could not finish. */
-export function lostError(context: GpuContext, cause?: unknown): FlashMLAError {
+export function lostError(context: NamedDevice, cause?: unknown): FlashMLAError {
   return new FlashMLAError(
     "device",
     `The GPU device "${context.capabilities.adapter}" was lost (${context.lost() ?? "no reason given"}); ` +
@@ -76,7 +121,7 @@ const lossNotice = 50;
  *
  * @throws {FlashMLAError} The {@link lostError} of a lost device; whatever the work threw otherwise.
  */
-export async function unlessLost<Result>(context: GpuContext, work: () => Promise<Result>): Promise<Result> {
+export async function unlessLost<Result>(context: NamedDevice, work: () => Promise<Result>): Promise<Result> {
   if (context.lost() !== null) throw lostError(context);
   try {
     const result = await work();
@@ -93,36 +138,44 @@ export async function unlessLost<Result>(context: GpuContext, work: () => Promis
   throw lostError(context);
 }
 
-async function openOwn(): Promise<GpuContext> {
-  const gpu = (globalThis as { navigator?: { gpu?: GPU } }).navigator?.gpu;
-  if (gpu === undefined) {
-    throw new FlashMLAError("unsupported-platform", 'Cannot use platform "webgpu": this runtime has no navigator.gpu');
+/** Opens a device and adopts it; one that is refused is not left open. */
+async function openOwn(options: DeviceOptions): Promise<GpuContext> {
+  const device = await requestDevice(options);
+  try {
+    return await adopted(device);
+  } catch (error) {
+    device.destroy();
+    throw error;
   }
-  const adapter = await gpu.requestAdapter({ powerPreference: "high-performance" });
-  if (adapter === null) {
-    throw new FlashMLAError(
-      "unsupported-platform",
-      'Cannot use platform "webgpu": no adapter was found; install a Vulkan, Metal or DirectX 12 driver, ' +
-        "or Mesa's lavapipe for a software one",
-    );
-  }
-  const requiredLimits = Object.fromEntries(limitNames.map((name) => [name, Number(adapter.limits[name])]));
-  const wanted: GPUFeatureName[] = ["timestamp-query", "shader-f16"];
-  const requiredFeatures = wanted.filter((name) => adapter.features.has(name));
-  return adopt(await adapter.requestDevice({ label: "flash-mla", requiredLimits, requiredFeatures }), adapter.info);
 }
 
-function adopt(device: GPUDevice, info: GPUAdapterInfo | undefined): GpuContext {
-  let lost: string | null = null;
-  const capabilities = capabilitiesOf(device, info);
-  const context: GpuContext = {
-    device,
-    capabilities,
-    pipelines: new PipelineCache(device),
-    buffers: new BufferPool(device, capabilities.limits.maxBufferSize),
-    lost: () => lost,
-  };
-  device.lost.then((loss) => lost = loss.message || loss.reason || "unknown reason");
-  contexts.set(device, context);
+function adopted(device: GPUDevice): Promise<GpuContext> {
+  let context = contexts.get(device);
+  if (context === undefined) {
+    context = adopt(device);
+    contexts.set(device, context);
+    context.catch(() => contexts.delete(device));
+  }
   return context;
+}
+
+async function adopt(device: GPUDevice): Promise<GpuContext> {
+  let reason: string | null = null;
+  const lost = () => reason;
+  device.lost.then((loss) => reason = loss.message || loss.reason || "unknown reason");
+  // A loss that happened before we came is known only after the microtasks have run.
+  await Promise.resolve();
+  const named = { device, lost, capabilities: { adapter: adapterName(device.adapterInfo) } };
+  const capabilities = await unlessLost(named, async () => {
+    const engine = await engineOf(device);
+    const findings = await probe(device, engine);
+    if (findings.computes) return capabilitiesOf(device, engine, findings);
+    throw new FlashMLAError(
+      "unsupported-platform",
+      `Cannot use the GPU device "${named.capabilities.adapter}" (${engine.name}): it gave wrong numbers for plain ` +
+        `arithmetic, as an engine does that found no driver; ${adapterAdvice()}`,
+    );
+  });
+  const buffers = new BufferPool(device, capabilities.limits.maxBufferSize);
+  return { device, capabilities, pipelines: new PipelineCache(device), buffers, lost };
 }

@@ -1,16 +1,15 @@
-// One planned call on one device: kernels compiled, memory borrowed, ready to be run, read back and timed.
+// One planned call on one device, bound to its memory: ready to be recorded, run, read back and timed.
 
-import { FlashMLAError } from "../op/errors.ts";
+import { halfBits, toFloats, writeFloats } from "../op/half.ts";
 import { type MlaProblem, outputShape } from "../op/mla_problem.ts";
-import type { Tensor } from "../op/tensor.ts";
-import { type AttentionPlan, type Dispatch, type Operand, paramsBytes, paramsStride } from "./attention_plan.ts";
-import type { PooledUsage } from "./buffers.ts";
+import { elementBytes, elementCount, type F16Tensor, type Tensor } from "../op/tensor.ts";
+import type { Binding, Dispatch, Operand } from "./attention_plan.ts";
+import type { CompiledPlan, KernelName } from "./compiled_plan.ts";
 import { type GpuContext, unlessLost } from "./device.ts";
+import { checked } from "./error_scopes.ts";
+import type { StorageType } from "./operand_layout.ts";
 import type { ResidentCall } from "./resident_call.ts";
 import { timeOnGpu } from "./timing.ts";
-
-/** The kernels of a plan, by name. */
-export type KernelName = Dispatch["kernel"];
 
 interface BoundDispatch extends Dispatch {
   readonly pipeline: GPUComputePipeline;
@@ -21,61 +20,85 @@ interface BoundDispatch extends Dispatch {
 export class PreparedAttention {
   readonly #context: GpuContext;
   readonly #problem: MlaProblem;
-  readonly #plan: AttentionPlan;
+  readonly #compiled: CompiledPlan;
   readonly #call: ResidentCall;
-  readonly #borrowed: { readonly usage: PooledUsage; readonly buffer: GPUBuffer }[] = [];
-  #dispatches: BoundDispatch[] = [];
+  readonly #dispatches: readonly BoundDispatch[];
 
-  private constructor(context: GpuContext, problem: MlaProblem, plan: AttentionPlan, call: ResidentCall) {
+  private constructor(
+    context: GpuContext,
+    problem: MlaProblem,
+    compiled: CompiledPlan,
+    call: ResidentCall,
+    dispatches: readonly BoundDispatch[],
+  ) {
     this.#context = context;
     this.#problem = problem;
-    this.#plan = plan;
+    this.#compiled = compiled;
     this.#call = call;
+    this.#dispatches = dispatches;
   }
 
   /**
-   * Compiles a plan's kernels and borrows its memory.
+   * Binds a plan's kernels to a call's memory.
    *
    * @param context The device.
    * @param problem The problem that was planned.
-   * @param plan Its plan.
-   * @param call Its memory on the same device; it must outlive the result.
-   * @throws {FlashMLAError} When a kernel does not compile, memory is refused, or the device is lost.
+   * @param compiled Its plan on the same device; it must outlive the result, as must the call.
+   * @param call Its memory on the same device.
+   * @throws {FlashMLAError} When the memory cannot be bound, or the device is lost.
    */
   static async create(
     context: GpuContext,
     problem: MlaProblem,
-    plan: AttentionPlan,
+    compiled: CompiledPlan,
     call: ResidentCall,
   ): Promise<PreparedAttention> {
-    const names = Object.keys(plan.kernels) as KernelName[];
-    const prepared = new PreparedAttention(context, problem, plan, call);
-    try {
-      await unlessLost(context, async () => {
-        const compiled = await Promise.all(names.map((name) => context.pipelines.get(name, plan.kernels[name])));
-        const pipelines = new Map(names.map((name, i) => [name, compiled[i]]));
-        await prepared.#checked("allocate its buffers", () => prepared.#bind(pipelines));
-      });
-    } catch (error) {
-      prepared.dispose();
-      throw error;
-    }
-    return prepared;
+    const dispatches = await unlessLost(
+      context,
+      () => checked(context, "bind the call's buffers", () => bindDispatches(context, compiled, call)),
+    );
+    return new PreparedAttention(context, problem, compiled, call, dispatches);
   }
 
-  /** Runs the call once and reads the result back. */
+  /** Runs the call once and waits until the engine has accepted it; the result is where the call put it. */
+  async submit(): Promise<void> {
+    await unlessLost(this.#context, () =>
+      checked(this.#context, "run its kernels", () => {
+        const { device } = this.#context;
+        const encoder = device.createCommandEncoder({ label: "flash-mla attention" });
+        this.encode(encoder);
+        device.queue.submit([encoder.finish()]);
+      }));
+  }
+
+  /** Runs the call once and reads the result back in float32. */
   async output(): Promise<Tensor> {
-    const { device, buffers } = this.#context;
     const shape = outputShape(this.#problem);
-    const rowLength = shape[2] * shape[3];
-    const data = new Float32Array(shape[0] * shape[1] * rowLength);
-    const readbacks = this.#plan.queryRanges.map(({ start, end }) => {
-      const bytes = (end - start) * rowLength * 4;
-      return { start, bytes, buffer: buffers.acquire("readback", bytes) };
+    const result = { data: new Float32Array(elementCount(shape)), shape };
+    await this.outputInto(result, 0);
+    return result;
+  }
+
+  /**
+   * Runs the call once and reads the result into a host tensor.
+   *
+   * @param target The tensor, of either element type.
+   * @param start First element to write.
+   */
+  async outputInto(target: Tensor | F16Tensor, start: number): Promise<void> {
+    const { device, buffers } = this.#context;
+    const { plan } = this.#compiled;
+    const stored = plan.layouts.output!.dtype;
+    const rowLength = this.#problem.queryHeads * this.#problem.vHeadDim;
+    const readbacks = plan.queryRanges.map((range) => {
+      const elements = (range.end - range.start) * rowLength;
+      // Copies are whole words: the half behind an odd number of them is padding.
+      const bytes = Math.ceil(elements * elementBytes(stored) / 4) * 4;
+      return { first: start + range.start * rowLength, elements, bytes, buffer: buffers.acquire("readback", bytes) };
     });
     try {
       await unlessLost(this.#context, async () => {
-        await this.#checked("run its kernels", () => {
+        await checked(this.#context, "run its kernels", () => {
           const encoder = device.createCommandEncoder({ label: "flash-mla attention" });
           this.encode(encoder);
           readbacks.forEach(({ bytes, buffer }, i) =>
@@ -83,16 +106,15 @@ export class PreparedAttention {
           );
           device.queue.submit([encoder.finish()]);
         });
-        for (const { start, bytes, buffer } of readbacks) {
+        for (const { first, elements, bytes, buffer } of readbacks) {
           await buffer.mapAsync(1, 0, bytes);
-          data.set(new Float32Array(buffer.getMappedRange(0, bytes)), start * rowLength);
+          writeStored(target, first, buffer.getMappedRange(0, bytes), elements, stored);
           buffer.unmap();
         }
       });
     } finally {
       for (const { buffer } of readbacks) buffers.release("readback", buffer);
     }
-    return { data, shape };
   }
 
   /**
@@ -121,73 +143,44 @@ export class PreparedAttention {
   ): void {
     const { only, timestampWrites } = options;
     const pass = encoder.beginComputePass({ label: "flash-mla", timestampWrites });
+    if (only === undefined) this.#call.encodeBefore(pass);
     for (const { kernel, pipeline, bindGroup, workgroups } of this.#dispatches) {
       if (only !== undefined && !only.includes(kernel)) continue;
       pass.setPipeline(pipeline);
       pass.setBindGroup(0, bindGroup);
       pass.dispatchWorkgroups(...workgroups);
     }
+    if (only === undefined) this.#call.encodeAfter(pass);
     pass.end();
   }
+}
 
-  /** Gives the borrowed memory back. */
-  dispose(): void {
-    for (const { usage, buffer } of this.#borrowed.splice(0)) this.#context.buffers.release(usage, buffer);
-    this.#dispatches = [];
-  }
+/** Writes elements as a kernel stored them to a host tensor. */
+function writeStored(
+  target: Tensor | F16Tensor,
+  start: number,
+  bytes: ArrayBuffer,
+  elements: number,
+  stored: StorageType,
+): void {
+  if (stored === "f32") return writeFloats(target, new Float32Array(bytes, 0, elements), start);
+  const bits = new Uint16Array(bytes, 0, elements);
+  if (target.dtype === "f16") halfBits(target.data).set(bits, start);
+  else target.data.set(toFloats({ data: bits, shape: [elements], dtype: "f16" }).data, start);
+}
 
-  #bind(pipelines: ReadonlyMap<KernelName, GPUComputePipeline>): void {
-    const { device, capabilities } = this.#context;
-    const maxBinding = Math.floor(capabilities.limits.maxStorageBufferBindingSize / 16) * 16;
-    const { queryRanges, params } = this.#plan;
-    const paramsBuffer = this.#borrow("uniform", params.byteLength);
-    device.queue.writeBuffer(paramsBuffer, 0, params);
-    const blocks = queryRanges.map((range) => {
-      const buffer = this.#borrow("storage", range.blocks.byteLength);
-      device.queue.writeBuffer(buffer, 0, range.blocks);
-      return buffer;
-    });
-    this.#dispatches = this.#plan.dispatches.map((dispatch) => {
-      const pipeline = pipelines.get(dispatch.kernel)!;
-      const resource = (operand: Operand): GPUBufferBinding => {
-        if (operand === "params") {
-          return { buffer: paramsBuffer, offset: dispatch.params * paramsStride, size: paramsBytes };
-        }
-        const buffer = operand === "blocks" ? blocks[dispatch.range] : this.#call.get(operand, dispatch.range)!;
-        // Pooled buffers may be longer than the limit on a binding.
-        return { buffer, size: Math.min(buffer.size, maxBinding) };
-      };
-      const entries = dispatch.bindings.map(({ binding, operand }) => ({ binding, resource: resource(operand) }));
-      return {
-        ...dispatch,
-        pipeline,
-        bindGroup: device.createBindGroup({ layout: pipeline.getBindGroupLayout(0), entries }),
-      };
-    });
-  }
-
-  #borrow(usage: PooledUsage, bytes: number): GPUBuffer {
-    const buffer = this.#context.buffers.acquire(usage, bytes);
-    this.#borrowed.push({ usage, buffer });
-    return buffer;
-  }
-
-  /** Does one step between error scopes and turns what they caught into an error of ours. */
-  async #checked(step: string, work: () => void): Promise<void> {
-    const { device } = this.#context;
-    device.pushErrorScope("out-of-memory");
-    device.pushErrorScope("validation");
-    let scopes: Promise<GPUError | null>[] = [];
-    try {
-      work();
-    } finally {
-      // Popped before anything is awaited: other calls push theirs in the meantime.
-      scopes = [device.popErrorScope(), device.popErrorScope()];
-      scopes.forEach((scope) => scope.catch(() => {}));
-    }
-    const caught = (await Promise.all(scopes)).find((error) => error !== null);
-    if (caught) {
-      throw new FlashMLAError("device", `The GPU device could not ${step}: ${caught.message}`, { cause: caught });
-    }
-  }
+function bindDispatches(context: GpuContext, compiled: CompiledPlan, call: ResidentCall): BoundDispatch[] {
+  const buffer = (operand: Operand, range: number): GPUBuffer => {
+    if (operand === "params") return compiled.params;
+    return operand === "blocks" ? compiled.blocks[range] : call.get(operand, range)!;
+  };
+  return compiled.plan.dispatches.map((dispatch) => {
+    const pipeline = compiled.pipelines[dispatch.kernel];
+    const entries = dispatch.bindings.map(({ binding, operand, offset, size }: Binding) => ({
+      binding,
+      resource: { buffer: buffer(operand, dispatch.range), offset, size },
+    }));
+    const bindGroup = context.device.createBindGroup({ layout: pipeline.getBindGroupLayout(0), entries });
+    return { ...dispatch, pipeline, bindGroup };
+  });
 }

@@ -1,42 +1,79 @@
-// A call's memory on the GPU: its inputs, uploaded once, and the scratch and outputs that its kernels write. Every
-// configuration that is tried on the call shares them, since none depends on the tile.
+// A call's memory on the GPU: its inputs, in the caller's buffers or uploaded, and the scratch and outputs that its kernels
+// write. Every configuration that is tried on the call shares them, since none depends on the tile.
 
-import type { MlaInputs, MlaProblem } from "../op/mla_problem.ts";
+import { halfBits, toFloats } from "../op/half.ts";
+import { type MlaInputs, type MlaProblem, tensorNames } from "../op/mla_problem.ts";
+import {
+  type AnyTensor,
+  denseStrides,
+  dtypeOf,
+  elementCount,
+  type GpuTensor,
+  type HostTensor,
+  isGpuTensor,
+} from "../op/tensor.ts";
 import type { AttentionPlan, Operand } from "./attention_plan.ts";
-import type { GpuContext } from "./device.ts";
+import { type GpuContext, unlessLost } from "./device.ts";
+import { checked } from "./error_scopes.ts";
+import { type HalfCopy, halfCopy, halfPipeline } from "./half_copy.ts";
+import { emptyBinding, type LaidOut, type StorageType } from "./operand_layout.ts";
+import type { RowRange } from "./schedule.ts";
 
-/** The operands of one call in GPU memory, borrowed from the device's pool. */
+/** What a call works on beside its plan. */
+export interface CallTensors {
+  /** The inputs. */
+  readonly inputs: MlaInputs;
+  /** What takes the result on the GPU; memory of ours when absent. */
+  readonly out?: GpuTensor;
+}
+
+/** The kernels for tensors of halves on a device without half precision. */
+interface CopyKernels {
+  readonly unpack?: GPUComputePipeline;
+  readonly pack?: GPUComputePipeline;
+}
+
+/** The operands of one call in GPU memory. */
 export class ResidentCall {
   readonly #context: GpuContext;
+  readonly #copyKernels: CopyKernels;
   readonly #buffers = new Map<Operand, GPUBuffer[]>();
+  readonly #borrowed: GPUBuffer[] = [];
+  readonly #before: HalfCopy[] = [];
+  readonly #after: HalfCopy[] = [];
+
+  private constructor(context: GpuContext, copyKernels: CopyKernels) {
+    this.#context = context;
+    this.#copyKernels = copyKernels;
+  }
 
   /**
-   * Borrows memory and uploads the inputs. Queries and outputs get one buffer per query range of the plan.
+   * Borrows memory and uploads the inputs that lie on the host. What is cut into query ranges gets one buffer for each.
    *
    * @param context The device.
    * @param problem The problem that the inputs were validated to.
-   * @param inputs The tensors.
-   * @param plan Any plan of the problem for this device: ranges and scratch depend on those alone.
+   * @param tensors The tensors.
+   * @param plan Any plan of the problem for this device and these tensors: ranges and scratch depend on those alone.
    */
-  constructor(context: GpuContext, problem: MlaProblem, inputs: MlaInputs, plan: AttentionPlan) {
-    this.#context = context;
-    const { query, keyValue, wKc, wVc, bQ, bK } = inputs;
-    const { queryHeads, vHeadDim } = problem;
+  static async create(
+    context: GpuContext,
+    problem: MlaProblem,
+    tensors: CallTensors,
+    plan: AttentionPlan,
+  ): Promise<ResidentCall> {
+    const call = new ResidentCall(context, await copyKernels(context, tensors, plan));
     try {
-      for (const [operand, tensor] of entries({ keyValue, wKc, wVc, bK })) this.#upload(operand, tensor.data);
-      this.#borrow("keys", plan.keysBytes);
-      this.#borrow("values", plan.valuesBytes);
-      for (const { start, end } of plan.queryRanges) {
-        for (const [operand, tensor] of entries({ query, bQ })) {
-          const rowLength = tensor.data.length / (problem.batch * problem.queryLength);
-          this.#upload(operand, tensor.data.subarray(start * rowLength, end * rowLength));
-        }
-        this.#borrow("output", (end - start) * queryHeads * vHeadDim * 4);
-      }
+      await unlessLost(
+        context,
+        () => checked(context, "hold the call's tensors", () => call.#fill(problem, tensors, plan)),
+      );
     } catch (error) {
-      this.dispose();
+      // Any of the buffers may be one that the device refused: nobody may get it from the pool.
+      for (const buffer of call.#borrowed.splice(0)) context.buffers.discard(buffer);
+      call.dispose();
       throw error;
     }
+    return call;
   }
 
   /** The buffer of an operand, or undefined when the call has none; operands that are not split ignore the range. */
@@ -45,31 +82,110 @@ export class ResidentCall {
     return buffers?.[Math.min(range, buffers.length - 1)];
   }
 
-  /** Gives the memory back. */
+  /** Records what has to happen before the kernels. */
+  encodeBefore(pass: GPUComputePassEncoder): void {
+    for (const copy of this.#before) copy.encode(pass);
+  }
+
+  /** Records what has to happen after the kernels. */
+  encodeAfter(pass: GPUComputePassEncoder): void {
+    for (const copy of this.#after) copy.encode(pass);
+  }
+
+  /** Gives back the memory that was borrowed; the caller's stays. */
   dispose(): void {
-    for (const buffer of [...this.#buffers.values()].flat()) this.#context.buffers.release("storage", buffer);
+    for (const buffer of this.#borrowed.splice(0)) this.#context.buffers.release("storage", buffer);
+    for (const copy of [...this.#before.splice(0), ...this.#after.splice(0)]) copy.dispose();
     this.#buffers.clear();
   }
 
-  #borrow(operand: Operand, bytes: number): GPUBuffer {
-    const buffer = this.#context.buffers.acquire("storage", bytes);
+  #fill(problem: MlaProblem, { inputs, out }: CallTensors, plan: AttentionPlan): void {
+    const { keyValue, wKc, wVc, bK, query, bQ } = inputs;
+    const { layouts, queryRanges } = plan;
+    this.#put("keys", this.#borrow(plan.keysBytes));
+    this.#put("values", this.#borrow(plan.valuesBytes));
+    for (const [name, tensor] of present({ keyValue, wKc, wVc, bK })) {
+      this.#bring(name, tensor, layouts[name]!.dtype, { start: 0, end: tensor.shape[0] * tensor.shape[1] });
+    }
+    for (const [name, tensor] of present({ query, bQ })) {
+      for (const range of queryRanges) this.#bring(name, tensor, layouts[name]!.dtype, range);
+    }
+    for (const range of queryRanges) this.#takeResult(problem, range, layouts.output!.dtype, out);
+  }
+
+  /** Makes rows of an input available to the kernels, stored as they expect. */
+  #bring(name: LaidOut, tensor: AnyTensor, stored: StorageType, rows: RowRange): void {
+    // Without keys there is still something to bind. Deno's writeBuffer panics on an empty ArrayBuffer.
+    if (elementCount(tensor.shape) === 0) return this.#put(name, this.#borrow(emptyBinding));
+    if (!isGpuTensor(tensor)) return this.#put(name, this.#upload(tensor, stored, rows));
+    if (dtypeOf(tensor) === stored) return this.#put(name, tensor.buffer);
+    const floats = this.#borrow((rows.end - rows.start) * denseStrides(tensor.shape)[1] * 4);
+    this.#put(name, floats);
+    this.#before.push(halfCopy(this.#context, this.#copyKernels.unpack!, tensor, rows, floats));
+  }
+
+  #takeResult(problem: MlaProblem, rows: RowRange, stored: StorageType, out?: GpuTensor): void {
+    if (out !== undefined && out.dtype === stored) return this.#put("output", out.buffer);
+    const rowLength = problem.queryHeads * problem.vHeadDim;
+    const buffer = this.#borrow((rows.end - rows.start) * rowLength * (stored === "f16" ? 2 : 4));
+    this.#put("output", buffer);
+    if (out !== undefined) this.#after.push(halfCopy(this.#context, this.#copyKernels.pack!, out, rows, buffer));
+  }
+
+  #put(operand: Operand, buffer: GPUBuffer): void {
     const buffers = this.#buffers.get(operand);
     if (buffers === undefined) this.#buffers.set(operand, [buffer]);
     else buffers.push(buffer);
+  }
+
+  #borrow(bytes: number): GPUBuffer {
+    const buffer = this.#context.buffers.acquire("storage", bytes);
+    this.#borrowed.push(buffer);
     return buffer;
   }
 
-  #upload(operand: Operand, data: Float32Array): void {
-    // A rotary part of width 0 has no data and is not bound; Deno's writeBuffer panics on an empty ArrayBuffer.
-    if (data.byteLength === 0) return;
-    const buffer = this.#borrow(operand, data.byteLength);
-    // Engines take no shared memory: what is shared with other threads is copied first.
-    const source = data.buffer instanceof ArrayBuffer ? data : new Float32Array(data);
-    const bytes = source.buffer as ArrayBuffer;
-    this.#context.device.queue.writeBuffer(buffer, 0, bytes, source.byteOffset, source.byteLength);
+  #upload(tensor: HostTensor, stored: StorageType, rows: RowRange): GPUBuffer {
+    const rowLength = denseStrides(tensor.shape)[1];
+    const cut = { ...tensor, data: subarray(tensor, rows.start * rowLength, rows.end * rowLength) } as HostTensor;
+    const source = uploadable(stored === "f16" ? halfBits(cut.data as Uint16Array) : toFloats(cut).data);
+    const buffer = this.#borrow(source.byteLength);
+    this.#context.device.queue.writeBuffer(buffer, 0, source.buffer, source.byteOffset, source.byteLength);
+    return buffer;
   }
 }
 
-function entries<T>(record: Partial<Record<Operand, T | undefined>>): [Operand, T][] {
-  return Object.entries(record).filter(([, value]) => value !== undefined) as [Operand, T][];
+async function copyKernels(
+  context: GpuContext,
+  { inputs, out }: CallTensors,
+  { layouts }: AttentionPlan,
+): Promise<CopyKernels> {
+  const differs = (name: LaidOut, tensor?: AnyTensor) =>
+    tensor !== undefined && isGpuTensor(tensor) && tensor.dtype !== layouts[name]!.dtype;
+  return {
+    ...(tensorNames.some((name) => differs(name, inputs[name])) &&
+      { unpack: await halfPipeline(context, "unpack") }),
+    ...(differs("output", out) && { pack: await halfPipeline(context, "pack") }),
+  };
+}
+
+function subarray(tensor: HostTensor, start: number, end: number): Float32Array | Uint16Array {
+  const data = tensor.dtype === "f16" ? halfBits(tensor.data) : tensor.data;
+  return data.subarray(start, end);
+}
+
+/**
+ * The same bytes as engines take them: whole words, and no memory that is shared with other threads.
+ */
+function uploadable(data: Float32Array | Uint16Array): Float32Array<ArrayBuffer> | Uint16Array<ArrayBuffer> {
+  if (data instanceof Uint16Array && data.length % 2 === 1) {
+    const padded = new Uint16Array(data.length + 1);
+    padded.set(data);
+    return padded;
+  }
+  if (data.buffer instanceof ArrayBuffer) return data as Float32Array<ArrayBuffer>;
+  return data instanceof Uint16Array ? new Uint16Array(data) : new Float32Array(data);
+}
+
+function present<T>(record: Partial<Record<LaidOut, T | undefined>>): [LaidOut, T][] {
+  return Object.entries(record).filter(([, value]) => value !== undefined) as [LaidOut, T][];
 }

@@ -28,6 +28,8 @@ export interface RowRange {
  */
 export function schedule(problem: MlaProblem, blockQ: number, rows: RowRange): Uint32Array<ArrayBuffer> {
   const blocks: { readonly keys: number; readonly words: readonly number[] }[] = [];
+  // Packed sequences are all in batch item 0.
+  const itemOf = (row: number) => problem.cuSeqlens === null ? Math.floor(row / problem.queryLength) : 0;
   for (const segment of segments(problem)) {
     const end = Math.min(segment.queryEnd, rows.end);
     // Blocks are cut backwards, so that under a causal mask the partial block is the cheap one at the start.
@@ -45,8 +47,8 @@ export function schedule(problem: MlaProblem, blockQ: number, rows: RowRange): U
           keyEnd,
           sharedEnd,
           diagonal >>> 0,
-          0,
-          0,
+          itemOf(blockStart),
+          itemOf(blockStart) - itemOf(rows.start),
         ],
       });
     }

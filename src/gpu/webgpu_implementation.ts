@@ -1,37 +1,55 @@
-// The platform "webgpu": plans a call, brings its data to the device, runs the kernels and reads the result back.
+// The platform "webgpu": plans a call, brings its data to the device, runs the kernels and leaves the result where it
+// belongs.
 
 import type { FlashMLAConfig } from "../op/config.ts";
-import type { MlaImplementation, MlaTarget, MlaTrial } from "../op/implementation.ts";
-import { type MlaInputs, type MlaProblem, outputShape } from "../op/mla_problem.ts";
+import { FlashMLAError } from "../op/errors.ts";
+import { zeros } from "../op/half.ts";
+import type { EncodedCall, MlaImplementation, MlaTarget, MlaTrial } from "../op/implementation.ts";
+import type { MlaEvent } from "../op/mla_event.ts";
+import { type MlaInputs, type MlaProblem, outputShape, tensorNames } from "../op/mla_problem.ts";
 import { type Piece, pieces } from "../op/pieces.ts";
-import { elementCount, type Tensor } from "../op/tensor.ts";
+import { type AnyTensor, dtypeOf, type F16Tensor, type GpuTensor, isGpuTensor, type Tensor } from "../op/tensor.ts";
 import { candidateConfigs } from "./attention_configs.ts";
-import { type AttentionPlan, attentionPlan, whyInvalid } from "./attention_plan.ts";
+import { attentionPlan, whyInvalid } from "./attention_plan.ts";
 import { deviceFingerprint } from "./capabilities.ts";
+import { planCache } from "./compiled_plan.ts";
 import { type GpuContext, gpuContext, hasAdapter } from "./device.ts";
+import { allocated } from "./gpu_tensor.ts";
+import { checked } from "./error_scopes.ts";
+import { type OperandLayouts, operandLayouts, type StorageType } from "./operand_layout.ts";
 import { PreparedAttention } from "./prepared_attention.ts";
 import { ResidentCall } from "./resident_call.ts";
 import { clockProbe, timingMethod } from "./timing.ts";
+import { type CallMemory, ownCall, sharedCall } from "./tuned_calls.ts";
 
 /** The operation in WGSL, on the process's own device or the caller's. */
 export const webgpuImplementation: MlaImplementation = {
   platform: "webgpu",
   backend: "gpu",
   isAvailable: hasAdapter,
-  open: async (device) => webgpuTarget(await gpuContext(device)),
+  open: async (device, onEvent) => webgpuTarget(await gpuContext(device), onEvent),
 };
 
 /** The operation on one open device. */
-export function webgpuTarget(context: GpuContext): MlaTarget {
-  return new WebGpuTarget(context);
+export function webgpuTarget(context: GpuContext, onEvent?: (event: MlaEvent) => void): MlaTarget {
+  return new WebGpuTarget(context, onEvent);
+}
+
+/** A piece of a call made ready. */
+interface Prepared {
+  readonly prepared: PreparedAttention;
+  /** Gives back what it borrowed. */
+  dispose(): void;
 }
 
 class WebGpuTarget implements MlaTarget {
   readonly platform = "webgpu";
   readonly #context: GpuContext;
+  readonly #onEvent: ((event: MlaEvent) => void) | undefined;
 
-  constructor(context: GpuContext) {
+  constructor(context: GpuContext, onEvent?: (event: MlaEvent) => void) {
     this.#context = context;
+    this.#onEvent = onEvent;
   }
 
   get description(): string {
@@ -44,7 +62,7 @@ class WebGpuTarget implements MlaTarget {
   }
 
   whyInvalid(problem: MlaProblem, cfg: FlashMLAConfig): string | null {
-    return whyInvalid(cfg, problem, this.#context.capabilities.limits);
+    return whyInvalid(cfg, problem, this.#context.capabilities);
   }
 
   heuristicCfg(problem: MlaProblem): FlashMLAConfig {
@@ -52,114 +70,188 @@ class WebGpuTarget implements MlaTarget {
   }
 
   candidateCfgs(problem: MlaProblem): readonly FlashMLAConfig[] {
-    return candidateConfigs(problem, this.#context.capabilities).slice(0, isEmpty(problem) ? 1 : undefined);
+    const { batch, queryLength, keyLength } = problem;
+    const nothing = batch * queryLength * keyLength === 0;
+    return candidateConfigs(problem, this.#context.capabilities).slice(0, nothing ? 1 : undefined);
   }
 
-  async run(problem: MlaProblem, inputs: MlaInputs, cfg: FlashMLAConfig): Promise<Tensor> {
-    const shape = outputShape(problem);
-    const data = new Float32Array(elementCount(shape));
-    if (isEmpty(problem)) return { data, shape };
-    const parts = this.#pieces(problem, inputs);
-    // Every piece is planned before the first one runs: a limit is told before any work.
-    if (parts.length > 1) { for (const part of parts) this.#plan(part.problem, cfg); }
-    for (const part of parts) {
-      const result = await this.#runPiece(part, cfg);
-      if (part.problem === problem) return result;
-      data.set(result.data, part.queryRow * shape[2] * shape[3]);
+  async run(problem: MlaProblem, inputs: MlaInputs, cfg: FlashMLAConfig, out?: AnyTensor): Promise<AnyTensor> {
+    const dtype = resultType(inputs, out);
+    if (isGpuTensor(out ?? inputs.query)) {
+      return await this.#onGpu(problem, inputs, cfg, out as GpuTensor | undefined, async ({ prepared, dispose }) => {
+        await prepared.submit().finally(dispose);
+      });
     }
-    return { data, shape };
+    const shape = outputShape(problem);
+    const result = out as Tensor | F16Tensor | undefined ?? zeros(shape, dtype);
+    for (const part of this.#plannedPieces(problem, inputs, cfg, dtype)) {
+      const { prepared, dispose } = await this.#prepare(part, cfg, dtype);
+      await prepared.outputInto(result, part.queryRow * shape[2] * shape[3]).finally(dispose);
+    }
+    return result;
+  }
+
+  async encode(
+    encoder: GPUCommandEncoder,
+    problem: MlaProblem,
+    inputs: MlaInputs,
+    cfg: FlashMLAConfig,
+    out?: GpuTensor,
+  ): Promise<EncodedCall> {
+    const held: Prepared[] = [];
+    const dispose = () => held.splice(0).forEach((ready) => ready.dispose());
+    try {
+      const output = await this.#onGpu(problem, inputs, cfg, out, async (ready) => {
+        held.push(ready);
+        await checked(this.#context, "record its kernels", () => ready.prepared.encode(encoder));
+      });
+      return { output, dispose };
+    } catch (error) {
+      dispose();
+      throw error;
+    }
   }
 
   /** A call too large for one piece is timed by its first piece. Trials of one call share its memory. */
   async trial(problem: MlaProblem, inputs: MlaInputs, cfg: FlashMLAConfig): Promise<MlaTrial> {
     const [piece] = this.#pieces(problem, inputs);
-    const plan = this.#plan(piece.problem, cfg);
-    const call = this.#share(inputs, () => new ResidentCall(this.#context, piece.problem, piece.inputs, plan));
-    try {
-      const method = await timingMethod(this.#context);
-      const prepared = await PreparedAttention.create(this.#context, piece.problem, plan, call.resident);
-      return {
-        timingMethod: method,
-        output: () => prepared.output(),
-        time: (repeats) => prepared.time(repeats),
-        dispose() {
-          prepared.dispose();
-          call.release();
-        },
-      };
-    } catch (error) {
-      call.release();
-      throw error;
-    }
+    const timing = await timingMethod(this.#context);
+    const { prepared, dispose } = await this.#prepare(piece, cfg, resultType(inputs), inputs);
+    return {
+      timingMethod: timing,
+      output: () => prepared.output(),
+      time: (repeats) => prepared.time(repeats),
+      dispose,
+    };
   }
 
   probe(): Promise<number | null> {
     return clockProbe(this.#context);
   }
 
-  #pieces(problem: MlaProblem, inputs: MlaInputs): Piece[] {
-    const { kvLoraRank, qkNopeHeadDim, qkRopeHeadDim, vHeadDim } = problem;
-    const widest = Math.max(kvLoraRank, qkNopeHeadDim, qkRopeHeadDim, vHeadDim);
-    const parts = pieces(
-      problem,
-      inputs,
-      Math.floor(this.#context.capabilities.limits.maxStorageBufferBindingSize / (4 * widest)),
-    );
-    return parts.filter((part) => !isEmpty(part.problem));
-  }
-
-  async #runPiece({ problem, inputs }: Piece, cfg: FlashMLAConfig): Promise<Tensor> {
-    const plan = this.#plan(problem, cfg);
-    const call = new ResidentCall(this.#context, problem, inputs, plan);
+  /** Does work on every piece of a call whose result stays on the GPU, and gives the result. */
+  async #onGpu(
+    problem: MlaProblem,
+    inputs: MlaInputs,
+    cfg: FlashMLAConfig,
+    out: GpuTensor | undefined,
+    work: (piece: Prepared) => Promise<void>,
+  ): Promise<GpuTensor> {
+    if (out !== undefined) checkBuffers(inputs, out);
+    const dtype = resultType(inputs, out);
+    // Limits are told before memory is taken.
+    if (out === undefined) this.#plannedPieces(problem, inputs, cfg, dtype);
+    const own = out === undefined ? await allocated(this.#context, outputShape(problem), dtype) : null;
+    const result = out ?? own!;
     try {
-      const prepared = await PreparedAttention.create(this.#context, problem, plan, call);
-      try {
-        return await prepared.output();
-      } finally {
-        prepared.dispose();
+      for (const part of this.#plannedPieces(problem, inputs, cfg, dtype, result)) {
+        await work(await this.#prepare(part, cfg, part.out as GpuTensor));
       }
-    } finally {
-      call.dispose();
+      return result;
+    } catch (error) {
+      own?.dispose();
+      throw error;
     }
   }
 
-  #plan(problem: MlaProblem, cfg: FlashMLAConfig): AttentionPlan {
-    return attentionPlan(problem, cfg, this.#context.capabilities.limits);
+  /** The pieces of a call, each of which can be planned: a limit is told before any work on the first one. */
+  #plannedPieces(
+    problem: MlaProblem,
+    inputs: MlaInputs,
+    cfg: FlashMLAConfig,
+    dtype: StorageType,
+    out?: GpuTensor,
+  ): Piece[] {
+    const { capabilities } = this.#context;
+    const parts = this.#pieces(problem, inputs, out);
+    if (parts.length > 1) {
+      for (const part of parts) {
+        const place = part.out as GpuTensor | undefined ?? dtype;
+        attentionPlan(part.problem, cfg, capabilities, this.#layouts(part.problem, part.inputs, place));
+      }
+    }
+    return parts;
   }
 
-  #sharedCalls(): WeakMap<MlaInputs, SharedCall> {
-    const known = tunedCalls.get(this.#context) ?? new WeakMap<MlaInputs, SharedCall>();
-    tunedCalls.set(this.#context, known);
-    return known;
+  #pieces(problem: MlaProblem, inputs: MlaInputs, out?: GpuTensor): Piece[] {
+    const { kvLoraRank, qkNopeHeadDim, qkRopeHeadDim, vHeadDim, keyLength, batch } = problem;
+    const { keyValue, bK } = this.#layouts(problem, inputs, "f32");
+    const widths = [kvLoraRank, qkNopeHeadDim, qkRopeHeadDim, vHeadDim];
+    for (const layout of [keyValue, bK]) {
+      // Batch items that lie apart count with what lies between them.
+      if (layout?.resident) widths.push(layout.row, batch > 1 ? layout.batch / Math.max(1, keyLength) : 0);
+    }
+    const limit = this.#context.capabilities.limits.maxStorageBufferBindingSize;
+    const parts = pieces(problem, inputs, Math.floor(limit / (4 * Math.max(...widths))), out);
+    return parts.filter(({ problem: { batch, queryLength } }) => batch * queryLength > 0);
   }
 
-  #share(inputs: MlaInputs, make: () => ResidentCall): { readonly resident: ResidentCall; release(): void } {
-    const sharedCalls = this.#sharedCalls();
-    const shared = sharedCalls.get(inputs) ?? { resident: make(), users: 0 };
-    sharedCalls.set(inputs, shared);
-    shared.users++;
-    let released = false;
-    return {
-      resident: shared.resident,
-      release() {
-        if (released) return;
-        released = true;
-        if (--shared.users > 0) return;
-        sharedCalls.delete(inputs);
-        shared.resident.dispose();
-      },
+  #layouts(problem: MlaProblem, inputs: MlaInputs, out: GpuTensor | StorageType): OperandLayouts {
+    return operandLayouts(problem, inputs, this.#context.capabilities.f16, out);
+  }
+
+  /**
+   * Plans, compiles, uploads and binds one piece.
+   *
+   * @param out What takes the result on the GPU, or the element type of a result in memory of ours.
+   * @param sharer The inputs of a call that is being tuned: its trials share one copy.
+   */
+  async #prepare(
+    piece: Piece,
+    cfg: FlashMLAConfig,
+    out: GpuTensor | StorageType,
+    sharer?: MlaInputs,
+  ): Promise<Prepared> {
+    const context = this.#context;
+    const { problem, inputs } = piece;
+    if (!context.capabilities.f16) this.#tellConverted(inputs, out);
+    const { compiled, release } = await planCache(context).borrow(problem, cfg, this.#layouts(problem, inputs, out));
+    let memory: CallMemory | undefined;
+    const dispose = () => {
+      memory?.dispose();
+      release();
     };
+    try {
+      const tensors = { inputs, out: typeof out === "string" ? undefined : out };
+      const make = () => ResidentCall.create(context, problem, tensors, compiled.plan);
+      memory = sharer === undefined ? ownCall(await make()) : await sharedCall(sharer, make);
+      return { prepared: await PreparedAttention.create(context, problem, compiled, memory.resident), dispose };
+    } catch (error) {
+      dispose();
+      throw error;
+    }
+  }
+
+  #tellConverted(inputs: MlaInputs, out: GpuTensor | StorageType): void {
+    const halves = tensorNames.some((name) => inputs[name]?.dtype === "f16") ||
+      (typeof out === "string" ? out : out.dtype) === "f16";
+    if (!halves || told.has(this.#context)) return;
+    told.add(this.#context);
+    const message =
+      `The GPU device "${this.#context.capabilities.adapter}" has no half precision (shader-f16): tensors ` +
+      "of halves are computed with as float32, in twice the memory. Results are the same to within rounding.";
+    if (this.#onEvent === undefined) console.warn(message);
+    else this.#onEvent({ code: "f16-converted", message });
   }
 }
 
-interface SharedCall {
-  readonly resident: ResidentCall;
-  users: number;
+/** The devices whose users were told that halves are converted: once each. */
+const told = new WeakSet<GpuContext>();
+
+/** The element type of a result: that of the tensor that takes it, or of the query. bfloat16 gives float32. */
+function resultType(inputs: MlaInputs, out: AnyTensor | undefined = undefined): StorageType {
+  return dtypeOf(out ?? inputs.query) === "f16" ? "f16" : "f32";
 }
 
-/** The memory of calls that are being tuned, by device. */
-const tunedCalls = new WeakMap<GpuContext, WeakMap<MlaInputs, SharedCall>>();
-
-function isEmpty({ batch, queryLength, keyLength }: MlaProblem): boolean {
-  return batch * queryLength * keyLength === 0;
+/** Throws when a result would be written to a buffer that is also read. */
+function checkBuffers(inputs: MlaInputs, out: GpuTensor): void {
+  for (const name of tensorNames) {
+    const tensor = inputs[name];
+    if (tensor === undefined || !isGpuTensor(tensor) || tensor.buffer !== out.buffer) continue;
+    throw new FlashMLAError(
+      "invalid-input",
+      `Cannot run MLA: out lies in the buffer of ${name}; WebGPU does not let a kernel read and write one buffer, ` +
+        "so out needs a buffer of its own",
+    );
+  }
 }

@@ -23,6 +23,8 @@ export interface FlashMLAConfig {
   readonly probKeys: number;
   /** Whether the steps of a staged slice are copied out (faster on GPUs) or looped over (compiles fast on CPUs). */
   readonly unrollDepth: boolean;
+  /** Whether a row's maxima and sums meet by subgroup shuffles (a device feature) or through workgroup memory. */
+  readonly subgroups: boolean;
   /** Side of the square tile of the expansion GEMM: 32, 64 or 128. */
   readonly expandBlock: number;
   /** The platform that this configuration is for. */

@@ -3,17 +3,26 @@
 import type { FlashMLAConfig } from "./config.ts";
 import type { MlaInputs, MlaProblem } from "./mla_problem.ts";
 import type { Backend, Platform } from "./platform.ts";
-import type { Tensor } from "./tensor.ts";
+import type { MlaEvent } from "./mla_event.ts";
+import type { AnyTensor, GpuTensor, Tensor } from "./tensor.ts";
 
 /** One configuration made ready on a target, to be checked and timed. */
 export interface MlaTrial {
   /** How {@link MlaTrial.time} reads its clock. */
   readonly timingMethod: "timestamp" | "wall";
-  /** Runs once and returns the result. */
+  /** Runs once and returns the result in float32; a caller's output tensor is not touched. */
   output(): Promise<Tensor>;
   /** Runs `repeats` times back to back; milliseconds for all of them together. */
   time(repeats: number): Promise<number>;
   /** Frees what the trial holds. */
+  dispose(): void;
+}
+
+/** A call recorded into a caller's encoder. */
+export interface EncodedCall {
+  /** The result, once the recorded work has run. */
+  readonly output: GpuTensor;
+  /** Gives back what the recorded work needs. */
   dispose(): void;
 }
 
@@ -31,8 +40,16 @@ export interface MlaTarget {
   heuristicCfg(problem: MlaProblem): FlashMLAConfig;
   /** The configurations worth measuring for problems whose lengths fall in the same powers of two, the heuristic's first. */
   candidateCfgs(problem: MlaProblem): readonly FlashMLAConfig[];
-  /** Runs a call. */
-  run(problem: MlaProblem, inputs: MlaInputs, cfg: FlashMLAConfig): Promise<Tensor>;
+  /** Runs a call. The result is `out`, written in place, or like the query: its element type, its side. */
+  run(problem: MlaProblem, inputs: MlaInputs, cfg: FlashMLAConfig, out?: AnyTensor): Promise<AnyTensor>;
+  /** Records a call into a caller's encoder; missing where there is none. */
+  encode?(
+    encoder: GPUCommandEncoder,
+    problem: MlaProblem,
+    inputs: MlaInputs,
+    cfg: FlashMLAConfig,
+    out?: GpuTensor,
+  ): Promise<EncodedCall>;
   /** Makes a configuration ready to be timed on a call. */
   trial(problem: MlaProblem, inputs: MlaInputs, cfg: FlashMLAConfig): Promise<MlaTrial>;
   /** Milliseconds of a piece of known work that follow the device's clock, or null where there is no such thing. */
@@ -51,6 +68,7 @@ export interface MlaImplementation {
    * Opens its device.
    *
    * @param device The caller's WebGPU device, where the platform takes one; otherwise the process's own.
+   * @param onEvent Hears of what the call's user may want to know; the console, once per process, when absent.
    */
-  open(device?: GPUDevice): Promise<MlaTarget>;
+  open(device?: GPUDevice, onEvent?: (event: MlaEvent) => void): Promise<MlaTarget>;
 }

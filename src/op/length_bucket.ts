@@ -19,12 +19,15 @@ export function longestSequence({ queryLength, cuSeqlens }: MlaProblem): number 
  */
 export function lengthBucket(problem: MlaProblem): string {
   const { batch, queryLength, keyLength, queryHeads, kvHeads, cuSeqlens } = problem;
-  const { kvLoraRank, qkNopeHeadDim, qkRopeHeadDim, vHeadDim, rope, causal } = problem;
+  const { kvLoraRank, qkNopeHeadDim, qkRopeHeadDim, vHeadDim, rope, causal, dtype } = problem;
   const sequences = cuSeqlens === null
     ? ""
     : ` in ${ceilPowerOfTwo(cuSeqlens.length - 1)} of ${ceilPowerOfTwo(longestSequence(problem))}`;
+  const stored = typeof dtype === "string"
+    ? dtype
+    : Object.entries(dtype).map(([name, type]) => `${name} ${type}`).join(" ");
   return [
-    `f32 B${ceilPowerOfTwo(batch)} Sq${ceilPowerOfTwo(queryLength)} Sk${ceilPowerOfTwo(keyLength)}${sequences}`,
+    `${stored} B${ceilPowerOfTwo(batch)} Sq${ceilPowerOfTwo(queryLength)} Sk${ceilPowerOfTwo(keyLength)}${sequences}`,
     `Hq${queryHeads} Hkv${kvHeads} L${kvLoraRank} P${qkNopeHeadDim} R${qkRopeHeadDim} V${vHeadDim}`,
     `rope ${rope}`,
     causal ? "causal" : "full",

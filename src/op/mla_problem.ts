@@ -1,23 +1,39 @@
 import { FlashMLAError } from "./errors.ts";
-import { checkTensor, kindOf, type Tensor } from "./tensor.ts";
+import { toFloats } from "./half.ts";
+import { type AnyTensor, checkTensor, type DType, dtypeOf, type HostTensor, kindOf, type Tensor } from "./tensor.ts";
 
-/** The tensors of one call. Axis names are those of the papers; see {@link MlaProblem} for the letters. */
-export interface MlaInputs {
+/**
+ * The tensors of one call, each in its own element type and on the host or on a GPU. Axis names are those of the papers;
+ * see {@link MlaProblem} for the letters.
+ *
+ * @typeParam T What the tensors are; any when absent.
+ * @typeParam Query What the query is: the result is like it.
+ */
+export interface MlaInputs<T extends AnyTensor = AnyTensor, Query extends AnyTensor = T> {
   /** Queries, `[batch, queryLength, queryHeads, qkNopeHeadDim]`, or `[…, qkNopeHeadDim + qkRopeHeadDim]` with `bK` alone. */
-  readonly query: Tensor;
+  readonly query: Query;
   /** Latent rows, the KV cache of MLA, `[batch, keyLength, kvLoraRank]`. */
-  readonly keyValue: Tensor;
+  readonly keyValue: T;
   /** Key expansion weights, `[kvLoraRank, kvHeads, qkNopeHeadDim]`. */
-  readonly wKc: Tensor;
+  readonly wKc: T;
   /** Value expansion weights, `[kvLoraRank, kvHeads, vHeadDim]`. */
-  readonly wVc: Tensor;
+  readonly wVc: T;
   /** Rotated query part shared by all heads, `[batch, queryLength, qkRopeHeadDim]`; needs `bK`. */
-  readonly bQ?: Tensor;
+  readonly bQ?: T;
   /** Rotated key part shared by all heads, `[batch, keyLength, qkRopeHeadDim]`. */
-  readonly bK?: Tensor;
+  readonly bK?: T;
   /** Offsets `[n + 1]` of n sequences packed along the sequence axis of batch 1. */
   readonly cuSeqlens?: Int32Array | Uint32Array | readonly number[];
 }
+
+/** Inputs that all lie on the host in float32. */
+export type HostInputs = MlaInputs<Tensor>;
+
+/** The names of the tensors among the inputs. */
+export const tensorNames = ["query", "keyValue", "wKc", "wVc", "bQ", "bK"] as const;
+
+/** The name of a tensor among the inputs. */
+export type TensorName = typeof tensorNames[number];
 
 /** The options that change the result. */
 export interface MlaMathOptions {
@@ -61,6 +77,8 @@ export interface MlaProblem {
   readonly softmaxScale: number;
   /** Offsets of packed sequences, or null for one sequence per batch item. */
   readonly cuSeqlens: readonly number[] | null;
+  /** Element types: one for all tensors of the call, or those of the tensors by name. */
+  readonly dtype: DType | Readonly<Partial<Record<TensorName, DType>>>;
 }
 
 /**
@@ -141,22 +159,62 @@ export function mlaProblem(inputs: MlaInputs, options: MlaMathOptions = {}): Mla
     causal,
     softmaxScale,
     cuSeqlens: checkCuSeqlens(inputs.cuSeqlens, batch, queryLength, keyLength),
+    dtype: dtypesOf(inputs),
+  };
+}
+
+/** The tensors of a call with one function applied to each. */
+export function mapTensors<From extends AnyTensor, To extends AnyTensor>(
+  inputs: MlaInputs<From>,
+  change: (tensor: From, name: TensorName) => To,
+): MlaInputs<To> {
+  const { query, keyValue, wKc, wVc, bQ, bK, cuSeqlens } = inputs;
+  return {
+    query: change(query, "query"),
+    keyValue: change(keyValue, "keyValue"),
+    wKc: change(wKc, "wKc"),
+    wVc: change(wVc, "wVc"),
+    ...(bQ && { bQ: change(bQ, "bQ") }),
+    ...(bK && { bK: change(bK, "bK") }),
+    ...(cuSeqlens && { cuSeqlens }),
   };
 }
 
 /** The inputs as they are now: what the caller does to the objects afterwards changes nothing. The data are not copied. */
 export function snapshot(inputs: MlaInputs): MlaInputs {
-  const hold = ({ data, shape }: Tensor): Tensor => ({ data, shape: [...shape] });
-  const { query, keyValue, wKc, wVc, bQ, bK, cuSeqlens } = inputs;
-  return {
-    query: hold(query),
-    keyValue: hold(keyValue),
-    wKc: hold(wKc),
-    wVc: hold(wVc),
-    ...(bQ && { bQ: hold(bQ) }),
-    ...(bK && { bK: hold(bK) }),
-    ...(cuSeqlens && { cuSeqlens: Array.from(cuSeqlens) }),
-  };
+  const held = mapTensors(inputs, holdTensor);
+  return { ...held, ...(held.cuSeqlens && { cuSeqlens: Array.from(held.cuSeqlens) }) };
+}
+
+/** A tensor as it is now, over the same memory. */
+export function holdTensor(tensor: AnyTensor): AnyTensor {
+  if ("data" in tensor) return { data: tensor.data, shape: [...tensor.shape], dtype: tensor.dtype } as HostTensor;
+  const { buffer, shape, dtype, offset, strides, device } = tensor;
+  return { buffer, shape: [...shape], dtype, offset, strides: strides && [...strides], device };
+}
+
+/**
+ * Host inputs in float32; exact, and the tensors themselves where they are float32 already.
+ *
+ * @throws {FlashMLAError} With code `invalid-input` when a tensor lies on a GPU.
+ */
+export function floatInputs(inputs: MlaInputs): HostInputs {
+  return mapTensors(inputs, (tensor, name) => {
+    if ("data" in tensor) return toFloats(tensor);
+    fail(`${name} lies on a GPU, the reference computes on the host: pass await toHost(${name}), or platform "webgpu"`);
+  });
+}
+
+/**
+ * Checks a tensor that takes the result.
+ *
+ * @throws {FlashMLAError} With code `invalid-input` unless it has the result's shape and an element type to write.
+ */
+export function checkOut(out: AnyTensor, problem: MlaProblem): void {
+  checkTensor("out", out);
+  const expected = outputShape(problem);
+  if (out.shape.join() !== expected.join()) fail(`out has shape [${out.shape}], the result has [${expected}]`);
+  if (dtypeOf(out) === "bf16") fail('out has dtype "bf16", expected "f32" or "f16"');
 }
 
 /** The shape of the result, `[batch, queryLength, queryHeads, vHeadDim]`. */
@@ -192,7 +250,15 @@ function checkCuSeqlens(
   return list;
 }
 
-function checkShape(name: string, value: Tensor, axes: readonly string[]): void {
+function dtypesOf(inputs: MlaInputs): MlaProblem["dtype"] {
+  const given = tensorNames.flatMap((name) =>
+    inputs[name] === undefined ? [] : [[name, dtypeOf(inputs[name])] as const]
+  );
+  const [[, first]] = given;
+  return given.every(([, dtype]) => dtype === first) ? first : Object.fromEntries(given);
+}
+
+function checkShape(name: string, value: AnyTensor, axes: readonly string[]): void {
   if (value === undefined) fail(`${name} is missing; expected a tensor [${axes.join(", ")}]`);
   checkTensor(name, value);
   if (value.shape.length !== axes.length) {

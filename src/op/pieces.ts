@@ -2,7 +2,7 @@
 // of the whole, in order.
 
 import type { MlaInputs, MlaProblem } from "./mla_problem.ts";
-import type { Tensor } from "./tensor.ts";
+import { type AnyTensor, denseStrides, elementBytes, type HostTensor, isGpuTensor } from "./tensor.ts";
 
 /** A part of a call: whole sequences of it. Its tensors are views of the call's. */
 export interface Piece {
@@ -10,6 +10,8 @@ export interface Piece {
   readonly problem: MlaProblem;
   /** The part's tensors. */
   readonly inputs: MlaInputs;
+  /** The part of the tensor that takes the result, if the caller gave one. */
+  readonly out?: AnyTensor;
   /** First of its query rows in the whole. */
   readonly queryRow: number;
 }
@@ -20,11 +22,12 @@ export interface Piece {
  * @param problem The whole problem.
  * @param inputs The whole call's tensors.
  * @param maxKeyRows Key rows that one piece may have.
+ * @param out What takes the whole call's result, if the caller gave it.
  * @returns The pieces in order; the call itself when it is small enough.
  */
-export function pieces(problem: MlaProblem, inputs: MlaInputs, maxKeyRows: number): Piece[] {
+export function pieces(problem: MlaProblem, inputs: MlaInputs, maxKeyRows: number, out?: AnyTensor): Piece[] {
   const { batch, queryLength, keyLength, cuSeqlens } = problem;
-  if (batch * keyLength <= maxKeyRows) return [{ problem, inputs, queryRow: 0 }];
+  if (batch * keyLength <= maxKeyRows) return [{ problem, inputs, out, queryRow: 0 }];
   if (cuSeqlens === null) {
     const perPiece = Math.max(1, Math.floor(maxKeyRows / keyLength));
     return Array.from({ length: Math.ceil(batch / perPiece) }, (_, i) => {
@@ -33,6 +36,7 @@ export function pieces(problem: MlaProblem, inputs: MlaInputs, maxKeyRows: numbe
       return {
         problem: { ...problem, batch: items },
         inputs: view(inputs, (tensor) => rows(tensor, 0, first, items)),
+        out: out && rows(out, 0, first, items),
         queryRow: first * queryLength,
       };
     });
@@ -43,6 +47,7 @@ export function pieces(problem: MlaProblem, inputs: MlaInputs, maxKeyRows: numbe
     return {
       problem: { ...problem, queryLength: length, keyLength: length, cuSeqlens: offsets },
       inputs: { ...view(inputs, (tensor) => rows(tensor, 1, cuSeqlens[first], length)), cuSeqlens: offsets },
+      out: out && rows(out, 1, cuSeqlens[first], length),
       queryRow: cuSeqlens[first],
     };
   });
@@ -62,7 +67,7 @@ function packedRanges(cuSeqlens: readonly number[], atMost: number): [first: num
 }
 
 /** The inputs with every tensor that has batch and sequence axes replaced. */
-function view(inputs: MlaInputs, cut: (tensor: Tensor) => Tensor): MlaInputs {
+function view(inputs: MlaInputs, cut: (tensor: AnyTensor) => AnyTensor): MlaInputs {
   const { query, keyValue, bQ, bK } = inputs;
   return {
     ...inputs,
@@ -74,11 +79,14 @@ function view(inputs: MlaInputs, cut: (tensor: Tensor) => Tensor): MlaInputs {
 }
 
 /** A view of `length` entries along one of the first two axes; axes before it have length 1. */
-function rows(tensor: Tensor, axis: 0 | 1, first: number, length: number): Tensor {
-  const { data, shape } = tensor;
-  const stride = shape.slice(axis + 1).reduce((product, n) => product * n, 1);
-  return {
-    data: data.subarray(first * stride, (first + length) * stride),
-    shape: shape.map((n, i) => (i === axis ? length : n)),
-  };
+function rows(tensor: AnyTensor, axis: 0 | 1, first: number, length: number): AnyTensor {
+  const shape = tensor.shape.map((n, i) => (i === axis ? length : n));
+  const { strides = denseStrides(tensor.shape) } = tensor as { strides?: readonly number[] };
+  const start = first * strides[axis];
+  if (isGpuTensor(tensor)) {
+    const { offset = 0, dtype } = tensor;
+    return { ...tensor, shape, strides, offset: offset + start * elementBytes(dtype) };
+  }
+  const end = (first + length) * strides[axis];
+  return { data: (tensor.data as Float32Array).subarray(start, end), shape, dtype: tensor.dtype } as HostTensor;
 }

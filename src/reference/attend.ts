@@ -6,7 +6,7 @@
 // Streaming softmax: keys pass once, with the running maximum m, the sum and the accumulator relative to it; when m grows,
 // both are scaled by exp(m_old − m_new). Keys that a row must not see are never read: no product can carry their NaN.
 
-import type { MlaInputs, MlaProblem } from "../op/mla_problem.ts";
+import type { HostInputs, MlaProblem } from "../op/mla_problem.ts";
 import { type Segment, visibleKeyEnd } from "../op/segments.ts";
 import type { ExpandedHead } from "./expand.ts";
 
@@ -25,7 +25,7 @@ const LOWEST = -Number.MAX_VALUE;
  * written, a row that sees no key becomes zero.
  */
 export function attend(
-  inputs: MlaInputs,
+  inputs: HostInputs,
   problem: MlaProblem,
   segment: Segment,
   queryHead: number,
@@ -65,7 +65,7 @@ export function attend(
 }
 
 /** Copies q_nope and, behind it, q_rope of one query row into `query`, wherever the rotary part comes from. */
-function gatherQuery(inputs: MlaInputs, problem: MlaProblem, row: number, head: number, query: Float64Array): void {
+function gatherQuery(inputs: HostInputs, problem: MlaProblem, row: number, head: number, query: Float64Array): void {
   const { queryHeads: H, qkNopeHeadDim: P, qkRopeHeadDim: R, rope } = problem;
   const width = rope === "in_query" ? P + R : P;
   const start = (row * H + head) * width;
@@ -74,7 +74,7 @@ function gatherQuery(inputs: MlaInputs, problem: MlaProblem, row: number, head: 
 }
 
 /** The rotary key rows of a segment, `[keys, R]`, shared by all heads; empty without a rotary part. */
-function keyRopeRows(inputs: MlaInputs, problem: MlaProblem, segment: Segment): Float64Array {
+function keyRopeRows(inputs: HostInputs, problem: MlaProblem, segment: Segment): Float64Array {
   const R = problem.qkRopeHeadDim;
   if (R === 0) return new Float64Array(0);
   return new Float64Array(inputs.bK!.data.subarray(segment.keyStart * R, segment.keyEnd * R));

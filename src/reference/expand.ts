@@ -5,7 +5,7 @@
 //
 // A key row depends on its own latent row alone, so a NaN in a row that nobody sees stays in that row.
 
-import type { MlaInputs, MlaProblem } from "../op/mla_problem.ts";
+import type { HostInputs, MlaProblem } from "../op/mla_problem.ts";
 import type { Segment } from "../op/segments.ts";
 import type { Tensor } from "../op/tensor.ts";
 
@@ -26,7 +26,7 @@ export interface ExpandedHead {
  * @param kvHead g, the KV head.
  * @returns K_nope and V, accumulated in double precision.
  */
-export function expand(inputs: MlaInputs, problem: MlaProblem, segment: Segment, kvHead: number): ExpandedHead {
+export function expand(inputs: HostInputs, problem: MlaProblem, segment: Segment, kvHead: number): ExpandedHead {
   const L = problem.kvLoraRank;
   const latents = inputs.keyValue.data.subarray(segment.keyStart * L, segment.keyEnd * L);
   return {

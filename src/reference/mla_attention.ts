@@ -1,7 +1,7 @@
 // The oracle: the operation as the formulas state it, in plain TypeScript, accumulated in double precision.
 // One KV head of one segment is expanded at a time, so memory beyond the inputs is O(keyLength · (P + V)).
 
-import { type MlaInputs, type MlaProblem, outputShape } from "../op/mla_problem.ts";
+import { type HostInputs, type MlaProblem, outputShape } from "../op/mla_problem.ts";
 import { segments } from "../op/segments.ts";
 import { elementCount, type Tensor } from "../op/tensor.ts";
 import { attend } from "./attend.ts";
@@ -14,7 +14,7 @@ import { expand } from "./expand.ts";
  * @param problem The dimensions that `mlaProblem` made from these inputs.
  * @returns The attended values, `[batch, queryLength, queryHeads, vHeadDim]`; a query that sees no key has a zero row.
  */
-export function referenceMlaAttention(inputs: MlaInputs, problem: MlaProblem): Tensor {
+export function referenceMlaAttention(inputs: HostInputs, problem: MlaProblem): Tensor {
   const shape = outputShape(problem);
   const data = new Float32Array(elementCount(shape));
   const headsPerKvHead = problem.queryHeads / problem.kvHeads;

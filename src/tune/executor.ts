@@ -44,7 +44,7 @@ export class Executor<Call, Cfg, Out> {
    * @throws {FlashMLAError} When the call is malformed, no configuration can be had, or the device fails.
    */
   async run(kernel: Kernel<Call, Cfg, Out>, call: Call, options: ExecuteOptions<Cfg> = {}): Promise<Out> {
-    const { invocation, choice } = await this.#choose(kernel, call, options);
+    const { invocation, choice } = await this.prepare(kernel, call, options);
     return await kernel.run(invocation, choice.cfg);
   }
 
@@ -58,7 +58,7 @@ export class Executor<Call, Cfg, Out> {
    * @throws {FlashMLAError} When the call is malformed or no configuration can be had.
    */
   async choose(kernel: Kernel<Call, Cfg, Out>, call: Call, options: ExecuteOptions<Cfg> = {}): Promise<Choice<Cfg>> {
-    return (await this.#choose(kernel, call, options)).choice;
+    return (await this.prepare(kernel, call, options)).choice;
   }
 
   /**
@@ -77,7 +77,7 @@ export class Executor<Call, Cfg, Out> {
     exampleCall: Call,
     options: ExecuteOptions<Cfg> = {},
   ): Promise<Compiled<Call, Out>> {
-    const { invocation: example, choice } = await this.#choose(kernel, exampleCall, options);
+    const { invocation: example, choice } = await this.prepare(kernel, exampleCall, options);
     return async (call) => {
       const invocation = await kernel.prepare(call);
       try {
@@ -94,10 +94,19 @@ export class Executor<Call, Cfg, Out> {
     };
   }
 
-  async #choose(
+  /**
+   * Validates a call and chooses its configuration: what {@link Executor.run} does before it runs.
+   *
+   * @param kernel The operation.
+   * @param call The call.
+   * @param options An explicit configuration.
+   * @returns The call as the kernel prepared it, and its configuration.
+   * @throws {FlashMLAError} When the call is malformed or no configuration can be had.
+   */
+  async prepare(
     kernel: Kernel<Call, Cfg, Out>,
     call: Call,
-    options: ExecuteOptions<Cfg>,
+    options: ExecuteOptions<Cfg> = {},
   ): Promise<{ readonly invocation: Invocation<Call>; readonly choice: Choice<Cfg> }> {
     // Read before anything is awaited: a scope may close while the call is being prepared.
     const policy = this.chain.policy;

@@ -15,11 +15,26 @@ struct Params {
   firstHead: u32,    // first query head of this head group
   groupKvHeads: u32, // KV heads in a row of keys and values
   firstBlock: u32,   // index of the first block of this dispatch
-  queryHeads: u32,
   groupSize: u32,    // query heads per KV head
   P: u32,            // widths of a head: rebuilt from latents, rotary, value
   R: u32,
   V: u32,
+  // Of each tensor: elements from the binding's start to the first row, from one row to the next, from one head to the
+  // next, and by which a batch item starts later than if the items followed each other, modulo 2^32.
+  queryBase: u32,
+  queryRow: u32,
+  queryHead: u32,
+  queryGap: u32,
+  outputBase: u32,
+  outputRow: u32,
+  outputHead: u32,
+  outputGap: u32,
+  ropeKeyBase: u32,
+  ropeKeyRow: u32,
+  ropeKeyGap: u32,
+  ropeQueryBase: u32,
+  ropeQueryRow: u32,
+  ropeQueryGap: u32,
 }
 
 struct Block {
@@ -29,8 +44,8 @@ struct Block {
   keyEnd: u32,    // one past the last key that any row sees
   sharedEnd: u32, // one past the last key that every row sees
   diagonal: i32,  // causal: row i sees keys below i + diagonal
-  unused0: u32,
-  unused1: u32,
+  item: u32,      // batch item
+  rangeItem: u32, // batch item, counted from that of the query range's first row
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -52,7 +67,7 @@ fn nopeSlices() -> u32 { return (params.P + DEPTH - 1u) / DEPTH; }
 fn loadQuery(block: Block, head: u32, piece: u32, slice: u32) -> vec4<f32> {
   let row = block.queryStart + piece / DEPTH_PIECES;
   let within = (piece % DEPTH_PIECES) * 4u;
-  let offset = (row * params.queryHeads + head) * (params.P + params.R);
+  let offset = params.queryBase + row * params.queryRow + block.rangeItem * params.queryGap + head * params.queryHead;
   if (row >= block.queryEnd) { return vec4<f32>(); }
   if (slice < nopeSlices()) {
     let column = slice * DEPTH + within;
@@ -74,7 +89,8 @@ fn loadKey(block: Block, kvHead: u32, keyBase: u32, piece: u32, slice: u32) -> v
     if (column < params.P) { return keys[(offset + column) / 4u]; }
   } else {
     let column = (slice - nopeSlices()) * DEPTH + within;
-    if (column < params.R) { return ropeKey[(row * params.R + column) / 4u]; }
+    let ropeOffset = params.ropeKeyBase + row * params.ropeKeyRow + block.item * params.ropeKeyGap;
+    if (column < params.R) { return ropeKey[(ropeOffset + column) / 4u]; }
   }
   return vec4<f32>();
 }
@@ -276,7 +292,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
   {
     let row = block.queryStart + 4u * (ty + 0u) + 0u;
     if (row < block.queryEnd) {
-      let offset = (row * params.queryHeads + head) * params.V;
+      let offset = params.outputBase + row * params.outputRow + block.rangeItem * params.outputGap + head * params.outputHead;
       {
         let column = 4u * (tx + 0u);
         let result = select(o0_0 / total0[0], vec4<f32>(), total0[0] == 0.0);
@@ -287,7 +303,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
   {
     let row = block.queryStart + 4u * (ty + 0u) + 1u;
     if (row < block.queryEnd) {
-      let offset = (row * params.queryHeads + head) * params.V;
+      let offset = params.outputBase + row * params.outputRow + block.rangeItem * params.outputGap + head * params.outputHead;
       {
         let column = 4u * (tx + 0u);
         let result = select(o1_0 / total0[1], vec4<f32>(), total0[1] == 0.0);
@@ -298,7 +314,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
   {
     let row = block.queryStart + 4u * (ty + 0u) + 2u;
     if (row < block.queryEnd) {
-      let offset = (row * params.queryHeads + head) * params.V;
+      let offset = params.outputBase + row * params.outputRow + block.rangeItem * params.outputGap + head * params.outputHead;
       {
         let column = 4u * (tx + 0u);
         let result = select(o2_0 / total0[2], vec4<f32>(), total0[2] == 0.0);
@@ -309,7 +325,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
   {
     let row = block.queryStart + 4u * (ty + 0u) + 3u;
     if (row < block.queryEnd) {
-      let offset = (row * params.queryHeads + head) * params.V;
+      let offset = params.outputBase + row * params.outputRow + block.rangeItem * params.outputGap + head * params.outputHead;
       {
         let column = 4u * (tx + 0u);
         let result = select(o3_0 / total0[3], vec4<f32>(), total0[3] == 0.0);

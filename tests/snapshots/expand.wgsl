@@ -13,6 +13,11 @@ struct Params {
   firstTile: u32,    // index of the first row tile of this dispatch
   L: u32,            // width of a latent row
   weightStride: u32, // columns of the weights: all KV heads × head dimension
+  latentBase: u32,   // elements from the binding's start to the first row
+  latentRow: u32,    // elements from one row to the next
+  latentRows: u32,   // rows of a batch item
+  latentGap: u32,    // further elements from one batch item to the next, modulo 2^32
+  weightBase: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -27,7 +32,8 @@ fn loadLatent(piece: u32, slice: u32, rowBase: u32) -> vec4<f32> {
   let row = rowBase + piece / DEPTH_PIECES;
   let column = slice * DEPTH + (piece % DEPTH_PIECES) * 4u;
   if (row >= params.rows || column >= params.L) { return vec4<f32>(); }
-  return latent[(row * params.L + column) / 4u];
+  let offset = params.latentBase + row * params.latentRow;
+  return latent[(offset + column) / 4u];
 }
 
 fn stageLatent(piece: u32, stage: u32, value: vec4<f32>) {
@@ -43,7 +49,7 @@ fn loadWeight(piece: u32, slice: u32, columnBase: u32) -> vec4<f32> {
   let row = slice * DEPTH + piece / BLOCK_QUADS;
   let column = columnBase + (piece % BLOCK_QUADS) * 4u;
   if (row >= params.L || column >= params.columns) { return vec4<f32>(); }
-  let offset = row * params.weightStride + params.firstColumn;
+  let offset = params.weightBase + row * params.weightStride + params.firstColumn;
   return weight[(offset + column) / 4u];
 }
 
@@ -221,25 +227,29 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
   {
     let row = rowBase + 4u * (ty + 0u) + 0u;
     let column = columnBase + 4u * (tx + 0u);
-    let offset = row * params.columns + column;
-    if (row < params.rows && column < params.columns) { expanded[offset / 4u] = c0_0; }
+    if (row < params.rows) {
+      if (column < params.columns) { expanded[(row * params.columns + column) / 4u] = c0_0; }
+    }
   }
   {
     let row = rowBase + 4u * (ty + 0u) + 1u;
     let column = columnBase + 4u * (tx + 0u);
-    let offset = row * params.columns + column;
-    if (row < params.rows && column < params.columns) { expanded[offset / 4u] = c1_0; }
+    if (row < params.rows) {
+      if (column < params.columns) { expanded[(row * params.columns + column) / 4u] = c1_0; }
+    }
   }
   {
     let row = rowBase + 4u * (ty + 0u) + 2u;
     let column = columnBase + 4u * (tx + 0u);
-    let offset = row * params.columns + column;
-    if (row < params.rows && column < params.columns) { expanded[offset / 4u] = c2_0; }
+    if (row < params.rows) {
+      if (column < params.columns) { expanded[(row * params.columns + column) / 4u] = c2_0; }
+    }
   }
   {
     let row = rowBase + 4u * (ty + 0u) + 3u;
     let column = columnBase + 4u * (tx + 0u);
-    let offset = row * params.columns + column;
-    if (row < params.rows && column < params.columns) { expanded[offset / 4u] = c3_0; }
+    if (row < params.rows) {
+      if (column < params.columns) { expanded[(row * params.columns + column) / 4u] = c3_0; }
+    }
   }
 }

@@ -13,6 +13,11 @@ struct Params {
   firstTile: u32,    // index of the first row tile of this dispatch
   L: u32,            // width of a latent row
   weightStride: u32, // columns of the weights: all KV heads × head dimension
+  latentBase: u32,   // elements from the binding's start to the first row
+  latentRow: u32,    // elements from one row to the next
+  latentRows: u32,   // rows of a batch item
+  latentGap: u32,    // further elements from one batch item to the next, modulo 2^32
+  weightBase: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -27,7 +32,8 @@ fn loadLatent(piece: u32, slice: u32, rowBase: u32) -> vec4<f32> {
   let row = rowBase + piece / DEPTH_PIECES;
   let column = slice * DEPTH + (piece % DEPTH_PIECES) * 4u;
   if (row >= params.rows || column >= params.L) { return vec4<f32>(); }
-  return vec4<f32>(select(0.0, latent[row * params.L + min(column + 0u, params.L - 1u)], column + 0u < params.L), select(0.0, latent[row * params.L + min(column + 1u, params.L - 1u)], column + 1u < params.L), select(0.0, latent[row * params.L + min(column + 2u, params.L - 1u)], column + 2u < params.L), select(0.0, latent[row * params.L + min(column + 3u, params.L - 1u)], column + 3u < params.L));
+  let offset = params.latentBase + row * params.latentRow + (row / params.latentRows) * params.latentGap;
+  return vec4<f32>(select(0.0, latent[offset + min(column + 0u, params.L - 1u)], column + 0u < params.L), select(0.0, latent[offset + min(column + 1u, params.L - 1u)], column + 1u < params.L), select(0.0, latent[offset + min(column + 2u, params.L - 1u)], column + 2u < params.L), select(0.0, latent[offset + min(column + 3u, params.L - 1u)], column + 3u < params.L));
 }
 
 fn stageLatent(piece: u32, stage: u32, value: vec4<f32>) {
@@ -43,9 +49,8 @@ fn loadWeight(piece: u32, slice: u32, columnBase: u32) -> vec4<f32> {
   let row = slice * DEPTH + piece / BLOCK_QUADS;
   let column = columnBase + (piece % BLOCK_QUADS) * 4u;
   if (row >= params.L || column >= params.columns) { return vec4<f32>(); }
-  let offset = row * params.weightStride + params.firstColumn;
-  let last = params.columns - 1u;
-  return vec4<f32>(select(0.0, weight[offset + min(column + 0u, last)], column + 0u < params.columns), select(0.0, weight[offset + min(column + 1u, last)], column + 1u < params.columns), select(0.0, weight[offset + min(column + 2u, last)], column + 2u < params.columns), select(0.0, weight[offset + min(column + 3u, last)], column + 3u < params.columns));
+  let offset = params.weightBase + row * params.weightStride + params.firstColumn;
+  return vec4<f32>(select(0.0, weight[offset + min(column + 0u, params.columns - 1u)], column + 0u < params.columns), select(0.0, weight[offset + min(column + 1u, params.columns - 1u)], column + 1u < params.columns), select(0.0, weight[offset + min(column + 2u, params.columns - 1u)], column + 2u < params.columns), select(0.0, weight[offset + min(column + 3u, params.columns - 1u)], column + 3u < params.columns));
 }
 
 @compute @workgroup_size(32)
@@ -199,289 +204,321 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
   {
     let row = rowBase + 4u * (ty + 0u) + 0u;
     let column = columnBase + 4u * (tx + 0u);
-    let offset = row * params.columns + column;
-    if (row < params.rows && column + 0u < params.columns) { expanded[offset + 0u] = c0_0[0]; }
-    if (row < params.rows && column + 1u < params.columns) { expanded[offset + 1u] = c0_0[1]; }
-    if (row < params.rows && column + 2u < params.columns) { expanded[offset + 2u] = c0_0[2]; }
-    if (row < params.rows && column + 3u < params.columns) { expanded[offset + 3u] = c0_0[3]; }
+    if (row < params.rows) {
+      if (column + 0u < params.columns) { expanded[row * params.columns + column + 0u] = c0_0[0]; }
+      if (column + 1u < params.columns) { expanded[row * params.columns + column + 1u] = c0_0[1]; }
+      if (column + 2u < params.columns) { expanded[row * params.columns + column + 2u] = c0_0[2]; }
+      if (column + 3u < params.columns) { expanded[row * params.columns + column + 3u] = c0_0[3]; }
+    }
   }
   {
     let row = rowBase + 4u * (ty + 0u) + 0u;
     let column = columnBase + 4u * (tx + 1u);
-    let offset = row * params.columns + column;
-    if (row < params.rows && column + 0u < params.columns) { expanded[offset + 0u] = c0_1[0]; }
-    if (row < params.rows && column + 1u < params.columns) { expanded[offset + 1u] = c0_1[1]; }
-    if (row < params.rows && column + 2u < params.columns) { expanded[offset + 2u] = c0_1[2]; }
-    if (row < params.rows && column + 3u < params.columns) { expanded[offset + 3u] = c0_1[3]; }
+    if (row < params.rows) {
+      if (column + 0u < params.columns) { expanded[row * params.columns + column + 0u] = c0_1[0]; }
+      if (column + 1u < params.columns) { expanded[row * params.columns + column + 1u] = c0_1[1]; }
+      if (column + 2u < params.columns) { expanded[row * params.columns + column + 2u] = c0_1[2]; }
+      if (column + 3u < params.columns) { expanded[row * params.columns + column + 3u] = c0_1[3]; }
+    }
   }
   {
     let row = rowBase + 4u * (ty + 0u) + 0u;
     let column = columnBase + 4u * (tx + 2u);
-    let offset = row * params.columns + column;
-    if (row < params.rows && column + 0u < params.columns) { expanded[offset + 0u] = c0_2[0]; }
-    if (row < params.rows && column + 1u < params.columns) { expanded[offset + 1u] = c0_2[1]; }
-    if (row < params.rows && column + 2u < params.columns) { expanded[offset + 2u] = c0_2[2]; }
-    if (row < params.rows && column + 3u < params.columns) { expanded[offset + 3u] = c0_2[3]; }
+    if (row < params.rows) {
+      if (column + 0u < params.columns) { expanded[row * params.columns + column + 0u] = c0_2[0]; }
+      if (column + 1u < params.columns) { expanded[row * params.columns + column + 1u] = c0_2[1]; }
+      if (column + 2u < params.columns) { expanded[row * params.columns + column + 2u] = c0_2[2]; }
+      if (column + 3u < params.columns) { expanded[row * params.columns + column + 3u] = c0_2[3]; }
+    }
   }
   {
     let row = rowBase + 4u * (ty + 0u) + 0u;
     let column = columnBase + 4u * (tx + 3u);
-    let offset = row * params.columns + column;
-    if (row < params.rows && column + 0u < params.columns) { expanded[offset + 0u] = c0_3[0]; }
-    if (row < params.rows && column + 1u < params.columns) { expanded[offset + 1u] = c0_3[1]; }
-    if (row < params.rows && column + 2u < params.columns) { expanded[offset + 2u] = c0_3[2]; }
-    if (row < params.rows && column + 3u < params.columns) { expanded[offset + 3u] = c0_3[3]; }
+    if (row < params.rows) {
+      if (column + 0u < params.columns) { expanded[row * params.columns + column + 0u] = c0_3[0]; }
+      if (column + 1u < params.columns) { expanded[row * params.columns + column + 1u] = c0_3[1]; }
+      if (column + 2u < params.columns) { expanded[row * params.columns + column + 2u] = c0_3[2]; }
+      if (column + 3u < params.columns) { expanded[row * params.columns + column + 3u] = c0_3[3]; }
+    }
   }
   {
     let row = rowBase + 4u * (ty + 0u) + 0u;
     let column = columnBase + 4u * (tx + 4u);
-    let offset = row * params.columns + column;
-    if (row < params.rows && column + 0u < params.columns) { expanded[offset + 0u] = c0_4[0]; }
-    if (row < params.rows && column + 1u < params.columns) { expanded[offset + 1u] = c0_4[1]; }
-    if (row < params.rows && column + 2u < params.columns) { expanded[offset + 2u] = c0_4[2]; }
-    if (row < params.rows && column + 3u < params.columns) { expanded[offset + 3u] = c0_4[3]; }
+    if (row < params.rows) {
+      if (column + 0u < params.columns) { expanded[row * params.columns + column + 0u] = c0_4[0]; }
+      if (column + 1u < params.columns) { expanded[row * params.columns + column + 1u] = c0_4[1]; }
+      if (column + 2u < params.columns) { expanded[row * params.columns + column + 2u] = c0_4[2]; }
+      if (column + 3u < params.columns) { expanded[row * params.columns + column + 3u] = c0_4[3]; }
+    }
   }
   {
     let row = rowBase + 4u * (ty + 0u) + 0u;
     let column = columnBase + 4u * (tx + 5u);
-    let offset = row * params.columns + column;
-    if (row < params.rows && column + 0u < params.columns) { expanded[offset + 0u] = c0_5[0]; }
-    if (row < params.rows && column + 1u < params.columns) { expanded[offset + 1u] = c0_5[1]; }
-    if (row < params.rows && column + 2u < params.columns) { expanded[offset + 2u] = c0_5[2]; }
-    if (row < params.rows && column + 3u < params.columns) { expanded[offset + 3u] = c0_5[3]; }
+    if (row < params.rows) {
+      if (column + 0u < params.columns) { expanded[row * params.columns + column + 0u] = c0_5[0]; }
+      if (column + 1u < params.columns) { expanded[row * params.columns + column + 1u] = c0_5[1]; }
+      if (column + 2u < params.columns) { expanded[row * params.columns + column + 2u] = c0_5[2]; }
+      if (column + 3u < params.columns) { expanded[row * params.columns + column + 3u] = c0_5[3]; }
+    }
   }
   {
     let row = rowBase + 4u * (ty + 0u) + 0u;
     let column = columnBase + 4u * (tx + 6u);
-    let offset = row * params.columns + column;
-    if (row < params.rows && column + 0u < params.columns) { expanded[offset + 0u] = c0_6[0]; }
-    if (row < params.rows && column + 1u < params.columns) { expanded[offset + 1u] = c0_6[1]; }
-    if (row < params.rows && column + 2u < params.columns) { expanded[offset + 2u] = c0_6[2]; }
-    if (row < params.rows && column + 3u < params.columns) { expanded[offset + 3u] = c0_6[3]; }
+    if (row < params.rows) {
+      if (column + 0u < params.columns) { expanded[row * params.columns + column + 0u] = c0_6[0]; }
+      if (column + 1u < params.columns) { expanded[row * params.columns + column + 1u] = c0_6[1]; }
+      if (column + 2u < params.columns) { expanded[row * params.columns + column + 2u] = c0_6[2]; }
+      if (column + 3u < params.columns) { expanded[row * params.columns + column + 3u] = c0_6[3]; }
+    }
   }
   {
     let row = rowBase + 4u * (ty + 0u) + 0u;
     let column = columnBase + 4u * (tx + 7u);
-    let offset = row * params.columns + column;
-    if (row < params.rows && column + 0u < params.columns) { expanded[offset + 0u] = c0_7[0]; }
-    if (row < params.rows && column + 1u < params.columns) { expanded[offset + 1u] = c0_7[1]; }
-    if (row < params.rows && column + 2u < params.columns) { expanded[offset + 2u] = c0_7[2]; }
-    if (row < params.rows && column + 3u < params.columns) { expanded[offset + 3u] = c0_7[3]; }
+    if (row < params.rows) {
+      if (column + 0u < params.columns) { expanded[row * params.columns + column + 0u] = c0_7[0]; }
+      if (column + 1u < params.columns) { expanded[row * params.columns + column + 1u] = c0_7[1]; }
+      if (column + 2u < params.columns) { expanded[row * params.columns + column + 2u] = c0_7[2]; }
+      if (column + 3u < params.columns) { expanded[row * params.columns + column + 3u] = c0_7[3]; }
+    }
   }
   {
     let row = rowBase + 4u * (ty + 0u) + 1u;
     let column = columnBase + 4u * (tx + 0u);
-    let offset = row * params.columns + column;
-    if (row < params.rows && column + 0u < params.columns) { expanded[offset + 0u] = c1_0[0]; }
-    if (row < params.rows && column + 1u < params.columns) { expanded[offset + 1u] = c1_0[1]; }
-    if (row < params.rows && column + 2u < params.columns) { expanded[offset + 2u] = c1_0[2]; }
-    if (row < params.rows && column + 3u < params.columns) { expanded[offset + 3u] = c1_0[3]; }
+    if (row < params.rows) {
+      if (column + 0u < params.columns) { expanded[row * params.columns + column + 0u] = c1_0[0]; }
+      if (column + 1u < params.columns) { expanded[row * params.columns + column + 1u] = c1_0[1]; }
+      if (column + 2u < params.columns) { expanded[row * params.columns + column + 2u] = c1_0[2]; }
+      if (column + 3u < params.columns) { expanded[row * params.columns + column + 3u] = c1_0[3]; }
+    }
   }
   {
     let row = rowBase + 4u * (ty + 0u) + 1u;
     let column = columnBase + 4u * (tx + 1u);
-    let offset = row * params.columns + column;
-    if (row < params.rows && column + 0u < params.columns) { expanded[offset + 0u] = c1_1[0]; }
-    if (row < params.rows && column + 1u < params.columns) { expanded[offset + 1u] = c1_1[1]; }
-    if (row < params.rows && column + 2u < params.columns) { expanded[offset + 2u] = c1_1[2]; }
-    if (row < params.rows && column + 3u < params.columns) { expanded[offset + 3u] = c1_1[3]; }
+    if (row < params.rows) {
+      if (column + 0u < params.columns) { expanded[row * params.columns + column + 0u] = c1_1[0]; }
+      if (column + 1u < params.columns) { expanded[row * params.columns + column + 1u] = c1_1[1]; }
+      if (column + 2u < params.columns) { expanded[row * params.columns + column + 2u] = c1_1[2]; }
+      if (column + 3u < params.columns) { expanded[row * params.columns + column + 3u] = c1_1[3]; }
+    }
   }
   {
     let row = rowBase + 4u * (ty + 0u) + 1u;
     let column = columnBase + 4u * (tx + 2u);
-    let offset = row * params.columns + column;
-    if (row < params.rows && column + 0u < params.columns) { expanded[offset + 0u] = c1_2[0]; }
-    if (row < params.rows && column + 1u < params.columns) { expanded[offset + 1u] = c1_2[1]; }
-    if (row < params.rows && column + 2u < params.columns) { expanded[offset + 2u] = c1_2[2]; }
-    if (row < params.rows && column + 3u < params.columns) { expanded[offset + 3u] = c1_2[3]; }
+    if (row < params.rows) {
+      if (column + 0u < params.columns) { expanded[row * params.columns + column + 0u] = c1_2[0]; }
+      if (column + 1u < params.columns) { expanded[row * params.columns + column + 1u] = c1_2[1]; }
+      if (column + 2u < params.columns) { expanded[row * params.columns + column + 2u] = c1_2[2]; }
+      if (column + 3u < params.columns) { expanded[row * params.columns + column + 3u] = c1_2[3]; }
+    }
   }
   {
     let row = rowBase + 4u * (ty + 0u) + 1u;
     let column = columnBase + 4u * (tx + 3u);
-    let offset = row * params.columns + column;
-    if (row < params.rows && column + 0u < params.columns) { expanded[offset + 0u] = c1_3[0]; }
-    if (row < params.rows && column + 1u < params.columns) { expanded[offset + 1u] = c1_3[1]; }
-    if (row < params.rows && column + 2u < params.columns) { expanded[offset + 2u] = c1_3[2]; }
-    if (row < params.rows && column + 3u < params.columns) { expanded[offset + 3u] = c1_3[3]; }
+    if (row < params.rows) {
+      if (column + 0u < params.columns) { expanded[row * params.columns + column + 0u] = c1_3[0]; }
+      if (column + 1u < params.columns) { expanded[row * params.columns + column + 1u] = c1_3[1]; }
+      if (column + 2u < params.columns) { expanded[row * params.columns + column + 2u] = c1_3[2]; }
+      if (column + 3u < params.columns) { expanded[row * params.columns + column + 3u] = c1_3[3]; }
+    }
   }
   {
     let row = rowBase + 4u * (ty + 0u) + 1u;
     let column = columnBase + 4u * (tx + 4u);
-    let offset = row * params.columns + column;
-    if (row < params.rows && column + 0u < params.columns) { expanded[offset + 0u] = c1_4[0]; }
-    if (row < params.rows && column + 1u < params.columns) { expanded[offset + 1u] = c1_4[1]; }
-    if (row < params.rows && column + 2u < params.columns) { expanded[offset + 2u] = c1_4[2]; }
-    if (row < params.rows && column + 3u < params.columns) { expanded[offset + 3u] = c1_4[3]; }
+    if (row < params.rows) {
+      if (column + 0u < params.columns) { expanded[row * params.columns + column + 0u] = c1_4[0]; }
+      if (column + 1u < params.columns) { expanded[row * params.columns + column + 1u] = c1_4[1]; }
+      if (column + 2u < params.columns) { expanded[row * params.columns + column + 2u] = c1_4[2]; }
+      if (column + 3u < params.columns) { expanded[row * params.columns + column + 3u] = c1_4[3]; }
+    }
   }
   {
     let row = rowBase + 4u * (ty + 0u) + 1u;
     let column = columnBase + 4u * (tx + 5u);
-    let offset = row * params.columns + column;
-    if (row < params.rows && column + 0u < params.columns) { expanded[offset + 0u] = c1_5[0]; }
-    if (row < params.rows && column + 1u < params.columns) { expanded[offset + 1u] = c1_5[1]; }
-    if (row < params.rows && column + 2u < params.columns) { expanded[offset + 2u] = c1_5[2]; }
-    if (row < params.rows && column + 3u < params.columns) { expanded[offset + 3u] = c1_5[3]; }
+    if (row < params.rows) {
+      if (column + 0u < params.columns) { expanded[row * params.columns + column + 0u] = c1_5[0]; }
+      if (column + 1u < params.columns) { expanded[row * params.columns + column + 1u] = c1_5[1]; }
+      if (column + 2u < params.columns) { expanded[row * params.columns + column + 2u] = c1_5[2]; }
+      if (column + 3u < params.columns) { expanded[row * params.columns + column + 3u] = c1_5[3]; }
+    }
   }
   {
     let row = rowBase + 4u * (ty + 0u) + 1u;
     let column = columnBase + 4u * (tx + 6u);
-    let offset = row * params.columns + column;
-    if (row < params.rows && column + 0u < params.columns) { expanded[offset + 0u] = c1_6[0]; }
-    if (row < params.rows && column + 1u < params.columns) { expanded[offset + 1u] = c1_6[1]; }
-    if (row < params.rows && column + 2u < params.columns) { expanded[offset + 2u] = c1_6[2]; }
-    if (row < params.rows && column + 3u < params.columns) { expanded[offset + 3u] = c1_6[3]; }
+    if (row < params.rows) {
+      if (column + 0u < params.columns) { expanded[row * params.columns + column + 0u] = c1_6[0]; }
+      if (column + 1u < params.columns) { expanded[row * params.columns + column + 1u] = c1_6[1]; }
+      if (column + 2u < params.columns) { expanded[row * params.columns + column + 2u] = c1_6[2]; }
+      if (column + 3u < params.columns) { expanded[row * params.columns + column + 3u] = c1_6[3]; }
+    }
   }
   {
     let row = rowBase + 4u * (ty + 0u) + 1u;
     let column = columnBase + 4u * (tx + 7u);
-    let offset = row * params.columns + column;
-    if (row < params.rows && column + 0u < params.columns) { expanded[offset + 0u] = c1_7[0]; }
-    if (row < params.rows && column + 1u < params.columns) { expanded[offset + 1u] = c1_7[1]; }
-    if (row < params.rows && column + 2u < params.columns) { expanded[offset + 2u] = c1_7[2]; }
-    if (row < params.rows && column + 3u < params.columns) { expanded[offset + 3u] = c1_7[3]; }
+    if (row < params.rows) {
+      if (column + 0u < params.columns) { expanded[row * params.columns + column + 0u] = c1_7[0]; }
+      if (column + 1u < params.columns) { expanded[row * params.columns + column + 1u] = c1_7[1]; }
+      if (column + 2u < params.columns) { expanded[row * params.columns + column + 2u] = c1_7[2]; }
+      if (column + 3u < params.columns) { expanded[row * params.columns + column + 3u] = c1_7[3]; }
+    }
   }
   {
     let row = rowBase + 4u * (ty + 0u) + 2u;
     let column = columnBase + 4u * (tx + 0u);
-    let offset = row * params.columns + column;
-    if (row < params.rows && column + 0u < params.columns) { expanded[offset + 0u] = c2_0[0]; }
-    if (row < params.rows && column + 1u < params.columns) { expanded[offset + 1u] = c2_0[1]; }
-    if (row < params.rows && column + 2u < params.columns) { expanded[offset + 2u] = c2_0[2]; }
-    if (row < params.rows && column + 3u < params.columns) { expanded[offset + 3u] = c2_0[3]; }
+    if (row < params.rows) {
+      if (column + 0u < params.columns) { expanded[row * params.columns + column + 0u] = c2_0[0]; }
+      if (column + 1u < params.columns) { expanded[row * params.columns + column + 1u] = c2_0[1]; }
+      if (column + 2u < params.columns) { expanded[row * params.columns + column + 2u] = c2_0[2]; }
+      if (column + 3u < params.columns) { expanded[row * params.columns + column + 3u] = c2_0[3]; }
+    }
   }
   {
     let row = rowBase + 4u * (ty + 0u) + 2u;
     let column = columnBase + 4u * (tx + 1u);
-    let offset = row * params.columns + column;
-    if (row < params.rows && column + 0u < params.columns) { expanded[offset + 0u] = c2_1[0]; }
-    if (row < params.rows && column + 1u < params.columns) { expanded[offset + 1u] = c2_1[1]; }
-    if (row < params.rows && column + 2u < params.columns) { expanded[offset + 2u] = c2_1[2]; }
-    if (row < params.rows && column + 3u < params.columns) { expanded[offset + 3u] = c2_1[3]; }
+    if (row < params.rows) {
+      if (column + 0u < params.columns) { expanded[row * params.columns + column + 0u] = c2_1[0]; }
+      if (column + 1u < params.columns) { expanded[row * params.columns + column + 1u] = c2_1[1]; }
+      if (column + 2u < params.columns) { expanded[row * params.columns + column + 2u] = c2_1[2]; }
+      if (column + 3u < params.columns) { expanded[row * params.columns + column + 3u] = c2_1[3]; }
+    }
   }
   {
     let row = rowBase + 4u * (ty + 0u) + 2u;
     let column = columnBase + 4u * (tx + 2u);
-    let offset = row * params.columns + column;
-    if (row < params.rows && column + 0u < params.columns) { expanded[offset + 0u] = c2_2[0]; }
-    if (row < params.rows && column + 1u < params.columns) { expanded[offset + 1u] = c2_2[1]; }
-    if (row < params.rows && column + 2u < params.columns) { expanded[offset + 2u] = c2_2[2]; }
-    if (row < params.rows && column + 3u < params.columns) { expanded[offset + 3u] = c2_2[3]; }
+    if (row < params.rows) {
+      if (column + 0u < params.columns) { expanded[row * params.columns + column + 0u] = c2_2[0]; }
+      if (column + 1u < params.columns) { expanded[row * params.columns + column + 1u] = c2_2[1]; }
+      if (column + 2u < params.columns) { expanded[row * params.columns + column + 2u] = c2_2[2]; }
+      if (column + 3u < params.columns) { expanded[row * params.columns + column + 3u] = c2_2[3]; }
+    }
   }
   {
     let row = rowBase + 4u * (ty + 0u) + 2u;
     let column = columnBase + 4u * (tx + 3u);
-    let offset = row * params.columns + column;
-    if (row < params.rows && column + 0u < params.columns) { expanded[offset + 0u] = c2_3[0]; }
-    if (row < params.rows && column + 1u < params.columns) { expanded[offset + 1u] = c2_3[1]; }
-    if (row < params.rows && column + 2u < params.columns) { expanded[offset + 2u] = c2_3[2]; }
-    if (row < params.rows && column + 3u < params.columns) { expanded[offset + 3u] = c2_3[3]; }
+    if (row < params.rows) {
+      if (column + 0u < params.columns) { expanded[row * params.columns + column + 0u] = c2_3[0]; }
+      if (column + 1u < params.columns) { expanded[row * params.columns + column + 1u] = c2_3[1]; }
+      if (column + 2u < params.columns) { expanded[row * params.columns + column + 2u] = c2_3[2]; }
+      if (column + 3u < params.columns) { expanded[row * params.columns + column + 3u] = c2_3[3]; }
+    }
   }
   {
     let row = rowBase + 4u * (ty + 0u) + 2u;
     let column = columnBase + 4u * (tx + 4u);
-    let offset = row * params.columns + column;
-    if (row < params.rows && column + 0u < params.columns) { expanded[offset + 0u] = c2_4[0]; }
-    if (row < params.rows && column + 1u < params.columns) { expanded[offset + 1u] = c2_4[1]; }
-    if (row < params.rows && column + 2u < params.columns) { expanded[offset + 2u] = c2_4[2]; }
-    if (row < params.rows && column + 3u < params.columns) { expanded[offset + 3u] = c2_4[3]; }
+    if (row < params.rows) {
+      if (column + 0u < params.columns) { expanded[row * params.columns + column + 0u] = c2_4[0]; }
+      if (column + 1u < params.columns) { expanded[row * params.columns + column + 1u] = c2_4[1]; }
+      if (column + 2u < params.columns) { expanded[row * params.columns + column + 2u] = c2_4[2]; }
+      if (column + 3u < params.columns) { expanded[row * params.columns + column + 3u] = c2_4[3]; }
+    }
   }
   {
     let row = rowBase + 4u * (ty + 0u) + 2u;
     let column = columnBase + 4u * (tx + 5u);
-    let offset = row * params.columns + column;
-    if (row < params.rows && column + 0u < params.columns) { expanded[offset + 0u] = c2_5[0]; }
-    if (row < params.rows && column + 1u < params.columns) { expanded[offset + 1u] = c2_5[1]; }
-    if (row < params.rows && column + 2u < params.columns) { expanded[offset + 2u] = c2_5[2]; }
-    if (row < params.rows && column + 3u < params.columns) { expanded[offset + 3u] = c2_5[3]; }
+    if (row < params.rows) {
+      if (column + 0u < params.columns) { expanded[row * params.columns + column + 0u] = c2_5[0]; }
+      if (column + 1u < params.columns) { expanded[row * params.columns + column + 1u] = c2_5[1]; }
+      if (column + 2u < params.columns) { expanded[row * params.columns + column + 2u] = c2_5[2]; }
+      if (column + 3u < params.columns) { expanded[row * params.columns + column + 3u] = c2_5[3]; }
+    }
   }
   {
     let row = rowBase + 4u * (ty + 0u) + 2u;
     let column = columnBase + 4u * (tx + 6u);
-    let offset = row * params.columns + column;
-    if (row < params.rows && column + 0u < params.columns) { expanded[offset + 0u] = c2_6[0]; }
-    if (row < params.rows && column + 1u < params.columns) { expanded[offset + 1u] = c2_6[1]; }
-    if (row < params.rows && column + 2u < params.columns) { expanded[offset + 2u] = c2_6[2]; }
-    if (row < params.rows && column + 3u < params.columns) { expanded[offset + 3u] = c2_6[3]; }
+    if (row < params.rows) {
+      if (column + 0u < params.columns) { expanded[row * params.columns + column + 0u] = c2_6[0]; }
+      if (column + 1u < params.columns) { expanded[row * params.columns + column + 1u] = c2_6[1]; }
+      if (column + 2u < params.columns) { expanded[row * params.columns + column + 2u] = c2_6[2]; }
+      if (column + 3u < params.columns) { expanded[row * params.columns + column + 3u] = c2_6[3]; }
+    }
   }
   {
     let row = rowBase + 4u * (ty + 0u) + 2u;
     let column = columnBase + 4u * (tx + 7u);
-    let offset = row * params.columns + column;
-    if (row < params.rows && column + 0u < params.columns) { expanded[offset + 0u] = c2_7[0]; }
-    if (row < params.rows && column + 1u < params.columns) { expanded[offset + 1u] = c2_7[1]; }
-    if (row < params.rows && column + 2u < params.columns) { expanded[offset + 2u] = c2_7[2]; }
-    if (row < params.rows && column + 3u < params.columns) { expanded[offset + 3u] = c2_7[3]; }
+    if (row < params.rows) {
+      if (column + 0u < params.columns) { expanded[row * params.columns + column + 0u] = c2_7[0]; }
+      if (column + 1u < params.columns) { expanded[row * params.columns + column + 1u] = c2_7[1]; }
+      if (column + 2u < params.columns) { expanded[row * params.columns + column + 2u] = c2_7[2]; }
+      if (column + 3u < params.columns) { expanded[row * params.columns + column + 3u] = c2_7[3]; }
+    }
   }
   {
     let row = rowBase + 4u * (ty + 0u) + 3u;
     let column = columnBase + 4u * (tx + 0u);
-    let offset = row * params.columns + column;
-    if (row < params.rows && column + 0u < params.columns) { expanded[offset + 0u] = c3_0[0]; }
-    if (row < params.rows && column + 1u < params.columns) { expanded[offset + 1u] = c3_0[1]; }
-    if (row < params.rows && column + 2u < params.columns) { expanded[offset + 2u] = c3_0[2]; }
-    if (row < params.rows && column + 3u < params.columns) { expanded[offset + 3u] = c3_0[3]; }
+    if (row < params.rows) {
+      if (column + 0u < params.columns) { expanded[row * params.columns + column + 0u] = c3_0[0]; }
+      if (column + 1u < params.columns) { expanded[row * params.columns + column + 1u] = c3_0[1]; }
+      if (column + 2u < params.columns) { expanded[row * params.columns + column + 2u] = c3_0[2]; }
+      if (column + 3u < params.columns) { expanded[row * params.columns + column + 3u] = c3_0[3]; }
+    }
   }
   {
     let row = rowBase + 4u * (ty + 0u) + 3u;
     let column = columnBase + 4u * (tx + 1u);
-    let offset = row * params.columns + column;
-    if (row < params.rows && column + 0u < params.columns) { expanded[offset + 0u] = c3_1[0]; }
-    if (row < params.rows && column + 1u < params.columns) { expanded[offset + 1u] = c3_1[1]; }
-    if (row < params.rows && column + 2u < params.columns) { expanded[offset + 2u] = c3_1[2]; }
-    if (row < params.rows && column + 3u < params.columns) { expanded[offset + 3u] = c3_1[3]; }
+    if (row < params.rows) {
+      if (column + 0u < params.columns) { expanded[row * params.columns + column + 0u] = c3_1[0]; }
+      if (column + 1u < params.columns) { expanded[row * params.columns + column + 1u] = c3_1[1]; }
+      if (column + 2u < params.columns) { expanded[row * params.columns + column + 2u] = c3_1[2]; }
+      if (column + 3u < params.columns) { expanded[row * params.columns + column + 3u] = c3_1[3]; }
+    }
   }
   {
     let row = rowBase + 4u * (ty + 0u) + 3u;
     let column = columnBase + 4u * (tx + 2u);
-    let offset = row * params.columns + column;
-    if (row < params.rows && column + 0u < params.columns) { expanded[offset + 0u] = c3_2[0]; }
-    if (row < params.rows && column + 1u < params.columns) { expanded[offset + 1u] = c3_2[1]; }
-    if (row < params.rows && column + 2u < params.columns) { expanded[offset + 2u] = c3_2[2]; }
-    if (row < params.rows && column + 3u < params.columns) { expanded[offset + 3u] = c3_2[3]; }
+    if (row < params.rows) {
+      if (column + 0u < params.columns) { expanded[row * params.columns + column + 0u] = c3_2[0]; }
+      if (column + 1u < params.columns) { expanded[row * params.columns + column + 1u] = c3_2[1]; }
+      if (column + 2u < params.columns) { expanded[row * params.columns + column + 2u] = c3_2[2]; }
+      if (column + 3u < params.columns) { expanded[row * params.columns + column + 3u] = c3_2[3]; }
+    }
   }
   {
     let row = rowBase + 4u * (ty + 0u) + 3u;
     let column = columnBase + 4u * (tx + 3u);
-    let offset = row * params.columns + column;
-    if (row < params.rows && column + 0u < params.columns) { expanded[offset + 0u] = c3_3[0]; }
-    if (row < params.rows && column + 1u < params.columns) { expanded[offset + 1u] = c3_3[1]; }
-    if (row < params.rows && column + 2u < params.columns) { expanded[offset + 2u] = c3_3[2]; }
-    if (row < params.rows && column + 3u < params.columns) { expanded[offset + 3u] = c3_3[3]; }
+    if (row < params.rows) {
+      if (column + 0u < params.columns) { expanded[row * params.columns + column + 0u] = c3_3[0]; }
+      if (column + 1u < params.columns) { expanded[row * params.columns + column + 1u] = c3_3[1]; }
+      if (column + 2u < params.columns) { expanded[row * params.columns + column + 2u] = c3_3[2]; }
+      if (column + 3u < params.columns) { expanded[row * params.columns + column + 3u] = c3_3[3]; }
+    }
   }
   {
     let row = rowBase + 4u * (ty + 0u) + 3u;
     let column = columnBase + 4u * (tx + 4u);
-    let offset = row * params.columns + column;
-    if (row < params.rows && column + 0u < params.columns) { expanded[offset + 0u] = c3_4[0]; }
-    if (row < params.rows && column + 1u < params.columns) { expanded[offset + 1u] = c3_4[1]; }
-    if (row < params.rows && column + 2u < params.columns) { expanded[offset + 2u] = c3_4[2]; }
-    if (row < params.rows && column + 3u < params.columns) { expanded[offset + 3u] = c3_4[3]; }
+    if (row < params.rows) {
+      if (column + 0u < params.columns) { expanded[row * params.columns + column + 0u] = c3_4[0]; }
+      if (column + 1u < params.columns) { expanded[row * params.columns + column + 1u] = c3_4[1]; }
+      if (column + 2u < params.columns) { expanded[row * params.columns + column + 2u] = c3_4[2]; }
+      if (column + 3u < params.columns) { expanded[row * params.columns + column + 3u] = c3_4[3]; }
+    }
   }
   {
     let row = rowBase + 4u * (ty + 0u) + 3u;
     let column = columnBase + 4u * (tx + 5u);
-    let offset = row * params.columns + column;
-    if (row < params.rows && column + 0u < params.columns) { expanded[offset + 0u] = c3_5[0]; }
-    if (row < params.rows && column + 1u < params.columns) { expanded[offset + 1u] = c3_5[1]; }
-    if (row < params.rows && column + 2u < params.columns) { expanded[offset + 2u] = c3_5[2]; }
-    if (row < params.rows && column + 3u < params.columns) { expanded[offset + 3u] = c3_5[3]; }
+    if (row < params.rows) {
+      if (column + 0u < params.columns) { expanded[row * params.columns + column + 0u] = c3_5[0]; }
+      if (column + 1u < params.columns) { expanded[row * params.columns + column + 1u] = c3_5[1]; }
+      if (column + 2u < params.columns) { expanded[row * params.columns + column + 2u] = c3_5[2]; }
+      if (column + 3u < params.columns) { expanded[row * params.columns + column + 3u] = c3_5[3]; }
+    }
   }
   {
     let row = rowBase + 4u * (ty + 0u) + 3u;
     let column = columnBase + 4u * (tx + 6u);
-    let offset = row * params.columns + column;
-    if (row < params.rows && column + 0u < params.columns) { expanded[offset + 0u] = c3_6[0]; }
-    if (row < params.rows && column + 1u < params.columns) { expanded[offset + 1u] = c3_6[1]; }
-    if (row < params.rows && column + 2u < params.columns) { expanded[offset + 2u] = c3_6[2]; }
-    if (row < params.rows && column + 3u < params.columns) { expanded[offset + 3u] = c3_6[3]; }
+    if (row < params.rows) {
+      if (column + 0u < params.columns) { expanded[row * params.columns + column + 0u] = c3_6[0]; }
+      if (column + 1u < params.columns) { expanded[row * params.columns + column + 1u] = c3_6[1]; }
+      if (column + 2u < params.columns) { expanded[row * params.columns + column + 2u] = c3_6[2]; }
+      if (column + 3u < params.columns) { expanded[row * params.columns + column + 3u] = c3_6[3]; }
+    }
   }
   {
     let row = rowBase + 4u * (ty + 0u) + 3u;
     let column = columnBase + 4u * (tx + 7u);
-    let offset = row * params.columns + column;
-    if (row < params.rows && column + 0u < params.columns) { expanded[offset + 0u] = c3_7[0]; }
-    if (row < params.rows && column + 1u < params.columns) { expanded[offset + 1u] = c3_7[1]; }
-    if (row < params.rows && column + 2u < params.columns) { expanded[offset + 2u] = c3_7[2]; }
-    if (row < params.rows && column + 3u < params.columns) { expanded[offset + 3u] = c3_7[3]; }
+    if (row < params.rows) {
+      if (column + 0u < params.columns) { expanded[row * params.columns + column + 0u] = c3_7[0]; }
+      if (column + 1u < params.columns) { expanded[row * params.columns + column + 1u] = c3_7[1]; }
+      if (column + 2u < params.columns) { expanded[row * params.columns + column + 2u] = c3_7[2]; }
+      if (column + 3u < params.columns) { expanded[row * params.columns + column + 3u] = c3_7[3]; }
+    }
   }
 }

@@ -3,7 +3,7 @@
 // `agreesWith`, does.
 
 import fc from "fast-check";
-import type { MlaInputs, MlaMathOptions } from "../../src/op/mla_problem.ts";
+import type { HostInputs, MlaMathOptions } from "../../src/op/mla_problem.ts";
 import { elementCount, type Tensor } from "../../src/op/tensor.ts";
 import { assertClose } from "./metrics.ts";
 import {
@@ -17,7 +17,7 @@ import {
 } from "./random_problem.ts";
 
 /** An implementation under test. */
-export type Attention = (inputs: MlaInputs, options: MlaMathOptions) => Tensor | Promise<Tensor>;
+export type Attention = (inputs: HostInputs, options: MlaMathOptions) => Tensor | Promise<Tensor>;
 
 /** How hard to look and what to tolerate. */
 export interface PropertyOptions {
@@ -351,7 +351,7 @@ function* rows(shape: ProblemShape): Generator<Row> {
 }
 
 /** V of one key row, query head and column. */
-function valueAt(inputs: MlaInputs, shape: ProblemShape, keyRow: number, head: number, column: number): number {
+function valueAt(inputs: HostInputs, shape: ProblemShape, keyRow: number, head: number, column: number): number {
   const { kvHeads, kvLoraRank: L, vHeadDim: V, headsPerKvHead } = shape;
   const g = Math.floor(head / headsPerKvHead);
   let sum = 0;
@@ -362,15 +362,15 @@ function valueAt(inputs: MlaInputs, shape: ProblemShape, keyRow: number, head: n
 }
 
 /** The call with other query and key positions: some, or in another order, or more than once. */
-function takePositions(inputs: MlaInputs, queries: readonly number[], keys: readonly number[]): MlaInputs {
+function takePositions(inputs: HostInputs, queries: readonly number[], keys: readonly number[]): HostInputs {
   return mapRows(inputs, (rows, name) => take(rows, 1, name === "query" || name === "bQ" ? queries : keys));
 }
 
 /** Applies `change` to every tensor that has rows per batch item and position: all but the weights. */
 function mapRows(
-  inputs: MlaInputs,
+  inputs: HostInputs,
   change: (rows: Tensor, name: "query" | "keyValue" | "bQ" | "bK") => Tensor,
-): MlaInputs {
+): HostInputs {
   const { query, keyValue, bQ, bK } = inputs;
   return {
     ...inputs,

@@ -1,7 +1,7 @@
 // The recorded cases of tests/golden: inputs, options and the output of an implementation that is not ours.
 
 import { readdirSync, readFileSync } from "node:fs";
-import type { MlaInputs, MlaMathOptions } from "../../src/op/mla_problem.ts";
+import type { HostInputs, MlaMathOptions } from "../../src/op/mla_problem.ts";
 import { type Tensor, tensor } from "../../src/op/tensor.ts";
 import { parseSafetensors, type Safetensors } from "./safetensors.ts";
 
@@ -13,7 +13,7 @@ export interface GoldenCase {
   /** File name without its ending. */
   readonly name: string;
   /** The tensors of the call. */
-  readonly inputs: MlaInputs;
+  readonly inputs: HostInputs;
   /** The options of the call. */
   readonly options: MlaMathOptions;
   /** What the other implementation answered. */

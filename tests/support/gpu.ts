@@ -25,6 +25,7 @@ export const smallConfig: FlashMLAConfig = {
   blockDepth: 4,
   probKeys: 1,
   unrollDepth: true,
+  subgroups: false,
   expandBlock: 32,
   platform: "webgpu",
   backend: "gpu",

@@ -1,7 +1,8 @@
 // How far a result is from the expected one. Sums run over the elements that are finite in both, in double precision;
 // NaN and infinities have no distance: they must stand at the same positions, or the difference is infinite.
 
-import type { Tensor } from "../../src/op/tensor.ts";
+import { toFloats } from "../../src/op/half.ts";
+import { type AnyTensor, isGpuTensor, type Tensor } from "../../src/op/tensor.ts";
 import { AssertionError } from "@std/assert";
 
 /**
@@ -46,15 +47,17 @@ export interface Bounds {
 /**
  * Throws unless two tensors have the same shape, the same non-finite positions and differ by less than the bounds.
  *
- * @param actual The tensor to judge.
+ * @param result The tensor to judge, of any element type, on the host.
  * @param expected The tensor to judge by.
  * @param bounds What is tolerated; a `relL2` of 0 asks for equal values.
  * @param what What is compared, for the message.
  */
-export function assertClose(actual: Tensor, expected: Tensor, bounds: Bounds, what = "result"): void {
-  const fail = (why: string) => {
+export function assertClose(result: AnyTensor, expected: Tensor, bounds: Bounds, what = "result"): void {
+  const fail: (why: string) => never = (why) => {
     throw new AssertionError(`${what}: ${why}`);
   };
+  if (isGpuTensor(result)) fail("it lies on the GPU");
+  const actual = toFloats(result);
   if (actual.shape.join() !== expected.shape.join()) fail(`shape [${actual.shape}], expected [${expected.shape}]`);
   const structural = firstStructuralDifference(actual.data, expected.data);
   if (structural !== null) fail(structural);

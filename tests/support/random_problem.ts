@@ -2,7 +2,7 @@
 // in one line; the tensors are grown from the record's seed.
 
 import fc from "fast-check";
-import type { MlaInputs, MlaMathOptions, RopeMode } from "../../src/op/mla_problem.ts";
+import type { HostInputs, MlaMathOptions, RopeMode } from "../../src/op/mla_problem.ts";
 import { elementCount, type Tensor } from "../../src/op/tensor.ts";
 
 /** How elements are drawn: standard normal, or a tenth of that clamped to ±1, which keeps every logit small. */
@@ -65,7 +65,7 @@ export const SMALL: ProblemLimits = {
 
 /** The tensors and options of one call. */
 export interface MlaCall {
-  readonly inputs: MlaInputs;
+  readonly inputs: HostInputs;
   readonly options: MlaMathOptions;
 }
 

@@ -17,11 +17,10 @@
 // back to a selecting product once one was seen.
 
 import type { FlashMLAConfig } from "../../op/config.ts";
-import type { MlaProblem } from "../../op/mla_problem.ts";
-import type { GpuLimits } from "../capabilities.ts";
+import type { Capabilities } from "../capabilities.ts";
+import { type AttendShape, declarations, loaders, whatItStores } from "./attend_operands.ts";
 import {
   indent,
-  load4,
   outerByColumns,
   outerByRows,
   overDepth,
@@ -31,18 +30,22 @@ import {
   storeTransposed,
   unroll,
 } from "./register_tile.ts";
+import { rowMaximum, rowTotal } from "./row_reduction.ts";
+import { storageDirectives, store4 } from "./storage_element.ts";
 
 /** The tile of one attention kernel: the part of a configuration that it reads. */
 export type AttendTile = Pick<
   FlashMLAConfig,
-  "blockQ" | "blockK" | "numWarps" | "numStages" | "rowsPerThread" | "blockDepth" | "probKeys" | "unrollDepth"
+  | "blockQ"
+  | "blockK"
+  | "numWarps"
+  | "numStages"
+  | "rowsPerThread"
+  | "blockDepth"
+  | "probKeys"
+  | "unrollDepth"
+  | "subgroups"
 >;
-
-/**
- * What of a problem the generated WGSL depends on. Lengths, head counts and head dimensions are read at run time: they
- * only bound loops and scale offsets, and one pipeline then serves many shapes.
- */
-export type AttendShape = Pick<MlaProblem, "qkNopeHeadDim" | "qkRopeHeadDim" | "vHeadDim" | "rope">;
 
 /** How invocations are laid over a tile. */
 interface ThreadMap {
@@ -78,7 +81,11 @@ export function workgroupBytes(tile: AttendTile, shape: Pick<AttendShape, "vHead
 }
 
 /** Why this tile cannot run, or null when it can. */
-export function whyInvalid(tile: AttendTile, shape: AttendShape, limits: GpuLimits): string | null {
+export function whyInvalid(
+  tile: AttendTile,
+  shape: Pick<AttendShape, "vHeadDim">,
+  { limits, subgroups }: Capabilities,
+): string | null {
   const { blockQ, blockK, numWarps, numStages, rowsPerThread, blockDepth, probKeys } = tile;
   for (const [name, value] of Object.entries({ blockQ, blockK, numWarps, blockDepth, rowsPerThread })) {
     if (!Number.isInteger(value) || value < 1) return `${name} must be a positive integer, got ${value}`;
@@ -102,6 +109,13 @@ export function whyInvalid(tile: AttendTile, shape: AttendShape, limits: GpuLimi
   if ((probKeys * threadColumns) % blockDepth !== 0) {
     return `blockDepth ${blockDepth} does not divide the ${probKeys * threadColumns} keys of a probability slice`;
   }
+  if (typeof tile.subgroups !== "boolean") return `subgroups must be true or false, got ${tile.subgroups}`;
+  if (tile.subgroups) {
+    if (subgroups === null) return "subgroups is true, the device has none";
+    if (threadColumns > subgroups.minSize || (threadColumns & (threadColumns - 1)) !== 0) {
+      return `subgroups is true: a row's ${threadColumns} invocations do not share a subgroup of ${subgroups.minSize}`;
+    }
+  }
   const registers = rowQuads * 16 * (keyQuads + valueQuads);
   if (tile.unrollDepth && registers > 256) {
     return `${registers} accumulators per invocation, at most 256 are kept in registers`;
@@ -116,14 +130,11 @@ export function whyInvalid(tile: AttendTile, shape: AttendShape, limits: GpuLimi
   return null;
 }
 
-/** The kernel's source. Bindings are listed in {@link attendBindings} order. */
-export function wgsl(tile: AttendTile, shape: AttendShape): string {
+/** The kernel's source. */
+export function wgsl(tile: AttendTile, shape: AttendShape, capabilities: Pick<Capabilities, "subgroups">): string {
   const { blockQ, blockK, numStages, rowsPerThread, blockDepth, probKeys, unrollDepth } = tile;
-  const { qkNopeHeadDim, qkRopeHeadDim, vHeadDim, rope } = shape;
+  const { rope } = shape;
   const { workgroupSize, threadRows, threadColumns, rowQuads, keyQuads, valueQuads } = threadMap(tile, shape);
-  const vectorized = [qkNopeHeadDim, qkRopeHeadDim, vHeadDim].every((width) => width % 4 === 0);
-  const element = vectorized ? "vec4<f32>" : "f32";
-
   const paddedValueQuads = valueQuads * threadColumns;
   const leftStride = stagedStride(blockQ);
   const rightStride = stagedStride(Math.max(blockK, paddedValueQuads * 4));
@@ -207,7 +218,10 @@ ${
   default: {}
 }`;
 
-  return `// MLA attention over expanded keys and values.
+  const exchange = { subgroups: tile.subgroups, threadColumns, depth: blockDepth, rowQuads, rowQuad };
+  const directive = tile.subgroups && capabilities.subgroups?.directive ? "enable subgroups;\n" : "";
+
+  return `${directive}${storageDirectives(whatItStores(shape))}// MLA attention over expanded keys and values.
 // blockQ ${blockQ}, blockK ${blockK}, ${threadRows} × ${threadColumns} invocations, ${rowsPerThread} rows each, depth ${blockDepth}, ${numStages} stage(s)
 const BLOCK_Q = ${blockQ}u;
 const BLOCK_K = ${blockK}u;
@@ -219,96 +233,14 @@ const VALUE_QUADS = ${paddedValueQuads}u;
 const MASKED = -3.4e38;
 const UNSEEN = -3.0e38;
 
-struct Params {
-  scaleLog2: f32,    // softmaxScale · log2(e)
-  firstHead: u32,    // first query head of this head group
-  groupKvHeads: u32, // KV heads in a row of keys and values
-  firstBlock: u32,   // index of the first block of this dispatch
-  queryHeads: u32,
-  groupSize: u32,    // query heads per KV head
-  P: u32,            // widths of a head: rebuilt from latents, rotary, value
-  R: u32,
-  V: u32,
-}
-
-struct Block {
-  queryStart: u32,
-  queryEnd: u32,
-  keyStart: u32,
-  keyEnd: u32,    // one past the last key that any row sees
-  sharedEnd: u32, // one past the last key that every row sees
-  diagonal: i32,  // causal: row i sees keys below i + diagonal
-  unused0: u32,
-  unused1: u32,
-}
-
-@group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> blocks: array<Block>;
-@group(0) @binding(2) var<storage, read> query: array<${element}>;
-@group(0) @binding(3) var<storage, read> keys: array<${element}>;
-@group(0) @binding(4) var<storage, read> values: array<${element}>;
-@group(0) @binding(5) var<storage, read_write> output: array<${element}>;
-${rope === "none" ? "" : `@group(0) @binding(6) var<storage, read> ropeKey: array<${element}>;`}
-${rope === "shared" ? `@group(0) @binding(7) var<storage, read> ropeQuery: array<${element}>;` : ""}
+${declarations(shape)}
 
 var<workgroup> left: array<array<array<vec4<f32>, ${leftStride}>, ${blockDepth}>, ${numStages}>;
 var<workgroup> right: array<array<array<vec4<f32>, ${rightStride}>, ${blockDepth}>, ${numStages}>;
 var<workgroup> probs: array<array<array<vec4<f32>, ${leftStride}>, ${blockDepth}>, ${probSlices}>;
 var<workgroup> poisoned: array<atomic<u32>, 4>; // [0] is set once a staged value row held NaN or infinity
 
-fn nopeSlices() -> u32 { return (params.P + DEPTH - 1u) / DEPTH; }
-
-fn loadQuery(block: Block, head: u32, piece: u32, slice: u32) -> vec4<f32> {
-  let row = block.queryStart + piece / DEPTH_PIECES;
-  let within = (piece % DEPTH_PIECES) * 4u;
-  let offset = (row * params.queryHeads + head) * ${rope === "in_query" ? "(params.P + params.R)" : "params.P"};
-  if (row >= block.queryEnd) { return vec4<f32>(); }
-  if (slice < nopeSlices()) {
-    let column = slice * DEPTH + within;
-    if (column < params.P) { return ${load4("query", vectorized, "offset", "column", "params.P")}; }
-  }${
-    rope === "none" ? "" : ` else {
-    let column = (slice - nopeSlices()) * DEPTH + within;
-    if (column < params.R) { return ${
-      rope === "in_query"
-        ? load4("query", vectorized, "offset + params.P", "column", "params.R")
-        : load4("ropeQuery", vectorized, "row * params.R", "column", "params.R")
-    }; }
-  }`
-  }
-  return vec4<f32>();
-}
-
-fn loadKey(block: Block, kvHead: u32, keyBase: u32, piece: u32, slice: u32) -> vec4<f32> {
-  let row = keyBase + piece / DEPTH_PIECES;
-  let within = (piece % DEPTH_PIECES) * 4u;
-  let offset = (row * params.groupKvHeads + kvHead) * params.P;
-  if (row >= block.keyEnd) { return vec4<f32>(); }
-  if (slice < nopeSlices()) {
-    let column = slice * DEPTH + within;
-    if (column < params.P) { return ${load4("keys", vectorized, "offset", "column", "params.P")}; }
-  }${
-    rope === "none" ? "" : ` else {
-    let column = (slice - nopeSlices()) * DEPTH + within;
-    if (column < params.R) { return ${load4("ropeKey", vectorized, "row * params.R", "column", "params.R")}; }
-  }`
-  }
-  return vec4<f32>();
-}
-
-// Key, relative to the block, of entry entry of probability slice group.
-fn sliceKey(group: u32, entry: u32) -> u32 {
-  let own = group * ${probKeys}u + entry % ${probKeys}u;
-  return (own / 4u) * 4u * TX + (entry / ${probKeys}u) * 4u + own % 4u;
-}
-
-fn loadValue(block: Block, kvHead: u32, keyBase: u32, group: u32, piece: u32, slice: u32) -> vec4<f32> {
-  let row = keyBase + sliceKey(group, slice * DEPTH + piece / VALUE_QUADS);
-  let column = (piece % VALUE_QUADS) * 4u;
-  let offset = (row * params.groupKvHeads + kvHead) * params.V;
-  if (row >= block.keyEnd || column >= params.V) { return vec4<f32>(); }
-  return ${load4("values", vectorized, "offset", "column", "params.V")};
-}
+${loaders(shape, probKeys)}
 
 fn stageQuery(piece: u32, stage: u32, value: vec4<f32>) {
   let row = piece / DEPTH_PIECES;
@@ -379,19 +311,9 @@ ${unroll(rowQuads, (r) => `s${j}_${r} = select(vec4<f32>(MASKED), s${j}_${r}, ke
 ${
     unroll(rowQuads, (r) =>
       `    var newMax${r} = s0_${r};
-${unroll(keyQuads * 4 - 1, (j) => `    newMax${r} = max(newMax${r}, s${j + 1}_${r});`)}
-    probs[tx / DEPTH][tx % DEPTH][${rowQuad(r)}] = newMax${r};`)
+${unroll(keyQuads * 4 - 1, (j) => `    newMax${r} = max(newMax${r}, s${j + 1}_${r});`)}`)
   }
-    workgroupBarrier();
-${
-    unroll(rowQuads, (r) =>
-      `    newMax${r} = rowMax${r};
-${
-        unroll(threadColumns, (x) =>
-          `    newMax${r} = max(newMax${r}, probs[${Math.floor(x / blockDepth)}][${x % blockDepth}][${rowQuad(r)}]);`)
-      }`)
-  }
-    workgroupBarrier();
+${indent(rowMaximum(exchange), 4)}
 
     // Probabilities, and the rescaling of what was summed under the old maximum.
 ${
@@ -435,35 +357,21 @@ ${indent(multiplyValues(stage), 2)}
   }
 
   // Row sums over the invocations of a row.
-${unroll(rowQuads, (r) => `  probs[tx / DEPTH][tx % DEPTH][${rowQuad(r)}] = rowSum${r};`)}
-  workgroupBarrier();
-${
-    unroll(rowQuads, (r) =>
-      `  var total${r} = vec4<f32>();
-${
-        unroll(threadColumns, (x) =>
-          `  total${r} += probs[${Math.floor(x / blockDepth)}][${x % blockDepth}][${rowQuad(r)}];`)
-      }`)
-  }
+${indent(rowTotal(exchange), 2)}
 ${
     unroll(rowsPerThread, (i) => {
       const total = `total${Math.floor(i / 4)}[${i % 4}]`;
       return `  {
     let row = block.queryStart + 4u * (${rowQuad(Math.floor(i / 4))}) + ${i % 4}u;
     if (row < block.queryEnd) {
-      let offset = (row * params.queryHeads + head) * params.V;
+      let offset = params.outputBase + row * params.outputRow + block.rangeItem * params.outputGap + head * params.outputHead;
 ${
         unroll(valueQuads, (c) =>
           indent(
             `{
   let column = 4u * (${keyQuad(c)});
   let result = select(o${i}_${c} / ${total}, vec4<f32>(), ${total} == 0.0);
-${
-              vectorized ? "  if (column < params.V) { output[(offset + column) / 4u] = result; }" : unroll(
-                4,
-                (j) => `  if (column + ${j}u < params.V) { output[offset + column + ${j}u] = result[${j}]; }`,
-              )
-            }
+${indent(store4("output", shape.output, "offset", "column", "params.V", "result"), 2)}
 }`,
             6,
           ))

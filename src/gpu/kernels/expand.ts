@@ -11,7 +11,6 @@ import type { FlashMLAConfig } from "../../op/config.ts";
 import type { GpuLimits } from "../capabilities.ts";
 import {
   indent,
-  load4,
   outerByColumns,
   overDepth,
   slicedLoop,
@@ -20,6 +19,7 @@ import {
   storeTransposed,
   unroll,
 } from "./register_tile.ts";
+import { load4, storageDirectives, type StorageElement, store4 } from "./storage_element.ts";
 
 /** The tile of one expansion kernel. */
 export interface ExpandTile {
@@ -39,12 +39,16 @@ export interface ExpandTile {
   readonly unrollDepth: boolean;
 }
 
-/** What of a problem the generated WGSL depends on; sizes are read at run time. */
+/** What of a call the generated WGSL depends on; sizes are read at run time. */
 export interface ExpandShape {
-  /** L. */
-  readonly kvLoraRank: number;
-  /** Width of one head of the result: P for keys, V for values. */
-  readonly headDim: number;
+  /** Latent rows as they are stored. */
+  readonly latent: StorageElement;
+  /** Weights as they are stored. */
+  readonly weight: StorageElement;
+  /** Keys or values as they are to be stored. */
+  readonly expanded: StorageElement;
+  /** Whether batch items of latents lie apart or overlap, so that finding a row takes a division. */
+  readonly gapped: boolean;
 }
 
 /** The tile that goes with a configuration. */
@@ -97,8 +101,6 @@ export function wgsl(tile: ExpandTile, shape: ExpandShape): string {
   const size = workgroupSize(tile);
   const rowQuads = blockM / threadRows / 4;
   const columnQuads = blockN / threadColumns / 4;
-  const vectorized = shape.kvLoraRank % 4 === 0 && shape.headDim % 4 === 0;
-  const element = vectorized ? "vec4<f32>" : "f32";
   const depthPieces = depth / 4;
   const names = (prefix: string, count: number) => Array.from({ length: count }, (_, i) => `${prefix}${i}`);
 
@@ -117,7 +119,9 @@ export function wgsl(tile: ExpandTile, shape: ExpandShape): string {
   const everyResult = (emit: (name: string, row: number, quad: number) => string) =>
     unroll(rowQuads * 4, (i) => unroll(columnQuads, (c) => emit(`c${i}_${c}`, i, c)));
 
-  return `// Latents × weights = keys or values of a head group. ${blockM} × ${blockN}, depth ${depth}, ${numStages} stage(s)
+  return `${
+    storageDirectives([shape.latent, shape.weight, shape.expanded])
+  }// Latents × weights = keys or values of a head group. ${blockM} × ${blockN}, depth ${depth}, ${numStages} stage(s)
 const BLOCK_M = ${blockM}u;
 const BLOCK_N = ${blockN}u;
 const BLOCK_QUADS = ${blockN / 4}u;
@@ -132,12 +136,17 @@ struct Params {
   firstTile: u32,    // index of the first row tile of this dispatch
   L: u32,            // width of a latent row
   weightStride: u32, // columns of the weights: all KV heads × head dimension
+  latentBase: u32,   // elements from the binding's start to the first row
+  latentRow: u32,    // elements from one row to the next
+  latentRows: u32,   // rows of a batch item
+  latentGap: u32,    // further elements from one batch item to the next, modulo 2^32
+  weightBase: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> latent: array<${element}>;
-@group(0) @binding(2) var<storage, read> weight: array<${element}>;
-@group(0) @binding(3) var<storage, read_write> expanded: array<${element}>;
+@group(0) @binding(1) var<storage, read> latent: array<${shape.latent}>;
+@group(0) @binding(2) var<storage, read> weight: array<${shape.weight}>;
+@group(0) @binding(3) var<storage, read_write> expanded: array<${shape.expanded}>;
 
 var<workgroup> left: array<array<array<vec4<f32>, ${stagedStride(blockM)}>, ${depth}>, ${numStages}>;
 var<workgroup> right: array<array<array<vec4<f32>, ${stagedStride(blockN)}>, ${depth}>, ${numStages}>;
@@ -146,7 +155,10 @@ fn loadLatent(piece: u32, slice: u32, rowBase: u32) -> vec4<f32> {
   let row = rowBase + piece / DEPTH_PIECES;
   let column = slice * DEPTH + (piece % DEPTH_PIECES) * 4u;
   if (row >= params.rows || column >= params.L) { return vec4<f32>(); }
-  return ${load4("latent", vectorized, "row * params.L", "column", "params.L")};
+  let offset = params.latentBase + row * params.latentRow${
+    shape.gapped ? " + (row / params.latentRows) * params.latentGap" : ""
+  };
+  return ${load4("latent", shape.latent, "offset", "column", "params.L")};
 }
 
 fn stageLatent(piece: u32, stage: u32, value: vec4<f32>) {
@@ -159,15 +171,8 @@ fn loadWeight(piece: u32, slice: u32, columnBase: u32) -> vec4<f32> {
   let row = slice * DEPTH + piece / BLOCK_QUADS;
   let column = columnBase + (piece % BLOCK_QUADS) * 4u;
   if (row >= params.L || column >= params.columns) { return vec4<f32>(); }
-  let offset = row * params.weightStride + params.firstColumn;
-${
-    vectorized ? "  return weight[(offset + column) / 4u];" : `  let last = params.columns - 1u;
-  return vec4<f32>(${
-      [0, 1, 2, 3].map((i) =>
-        `select(0.0, weight[offset + min(column + ${i}u, last)], column + ${i}u < params.columns)`
-      ).join(", ")
-    });`
-  }
+  let offset = params.weightBase + row * params.weightStride + params.firstColumn;
+  return ${load4("weight", shape.weight, "offset", "column", "params.columns")};
 }
 
 @compute @workgroup_size(${size})
@@ -200,14 +205,9 @@ ${
       `  {
     let row = rowBase + 4u * (ty + ${Math.floor(i / 4) * threadRows}u) + ${i % 4}u;
     let column = columnBase + 4u * (tx + ${q * threadColumns}u);
-    let offset = row * params.columns + column;
-${
-        vectorized ? `    if (row < params.rows && column < params.columns) { expanded[offset / 4u] = ${c}; }` : unroll(
-          4,
-          (j) =>
-            `    if (row < params.rows && column + ${j}u < params.columns) { expanded[offset + ${j}u] = ${c}[${j}]; }`,
-        )
-      }
+    if (row < params.rows) {
+${indent(store4("expanded", shape.expanded, "row * params.columns", "column", "params.columns", c), 6)}
+    }
   }`
     )
   }

@@ -113,21 +113,6 @@ export function storeTransposed(operand: string, stage: string, depth: string, r
   return unroll(4, (i) => `${operand}[${stage}][${depth} + ${i}u][${row} >> 2u][${row} & 3u] = ${value}[${i}];`);
 }
 
-/**
- * WGSL expression that loads four neighbours along the last axis, or zeros for those at or past `width`.
- *
- * @param buffer The storage array's name: of vec4<f32> when `vectorized`, of f32 otherwise.
- * @param offset Element offset of column 0; a multiple of 4 when `vectorized`.
- * @param column First of the four columns; a multiple of 4, below `width`.
- * @param width Number of columns.
- */
-export function load4(buffer: string, vectorized: boolean, offset: string, column: string, width: string): string {
-  if (vectorized) return `${buffer}[(${offset} + ${column}) / 4u]`;
-  const one = (i: number) =>
-    `select(0.0, ${buffer}[${offset} + min(${column} + ${i}u, ${width} - 1u)], ${column} + ${i}u < ${width})`;
-  return `vec4<f32>(${[0, 1, 2, 3].map(one).join(", ")})`;
-}
-
 const axis = "xyzw";
 
 /**

@@ -1,0 +1,69 @@
+import { defaultExecutor, flashMLA, MlaInvocation, type MlaOptions } from "./flash_mla.ts";
+import { FlashMLAError } from "./op/errors.ts";
+import type { MlaInputs } from "./op/mla_problem.ts";
+import { type GpuTensor, isGpuTensor, kindOf } from "./op/tensor.ts";
+
+/** A call recorded into an encoder of the caller's. */
+export interface EncodedAttention {
+  /**
+   * The result, once the encoder's commands have run: `options.out`, or a tensor that the caller disposes of on its own.
+   */
+  readonly output: GpuTensor;
+  /** Gives back what the recorded commands need. Call it when they were submitted, or never will be. */
+  dispose(): void;
+  /** The same as `dispose`, for `using`. */
+  [Symbol.dispose](): void;
+}
+
+/**
+ * Records Multi-head Latent Attention into a caller's encoder, so that a whole layer is one submission. Nothing is submitted
+ * and nothing is read back; the first call for a kind of shape may tune, which submits work of its own before.
+ *
+ * The encoder must be of the device that the tensors name, or `options.device`, or the process's own. WebGPU shows a
+ * mistake here only at the encoder's `finish()`, in the engine's words.
+ *
+ * @param encoder The encoder, outside any pass.
+ * @param inputs The tensors; those on the host are uploaded at once.
+ * @param options As for `mlaAttention`; `out` lies on the GPU.
+ * @returns The result and what to dispose of after the submission.
+ * @throws {FlashMLAError} As `mlaAttention` does; and with code `invalid-input` when `encoder` or `out` is of the wrong kind.
+ *
+ * @example
+ * ```ts ignore
+ * const encoder = device.createCommandEncoder();
+ * const call = await encodeMlaAttention(encoder, inputs, { device, causal: true, out });
+ * device.queue.submit([encoder.finish()]);
+ * call.dispose();
+ * ```
+ */
+export async function encodeMlaAttention(
+  encoder: GPUCommandEncoder,
+  inputs: MlaInputs,
+  options: MlaOptions & {
+    /** The tensor that takes the result, on the GPU. */
+    readonly out?: GpuTensor;
+  } = {},
+): Promise<EncodedAttention> {
+  const refuse = (why: string): never => {
+    throw new FlashMLAError("invalid-input", `Cannot record MLA: ${why}`);
+  };
+  if (typeof encoder?.beginComputePass !== "function") {
+    refuse(`encoder must be a GPUCommandEncoder, got ${kindOf(encoder)}`);
+  }
+  if (options?.out !== undefined && !isGpuTensor(options.out)) refuse("out must lie on the GPU, got a host tensor");
+  const executor = options?.executor ?? defaultExecutor();
+  const call = { inputs, options: { ...options, platform: options?.platform ?? "webgpu" } as MlaOptions };
+  const { invocation, choice } = await executor.prepare(flashMLA, call, { cfg: options?.cfg });
+  if (!(invocation instanceof MlaInvocation) || invocation.target.encode === undefined) {
+    return refuse(`platform "${call.options.platform}" has nothing to record; use "webgpu"`);
+  }
+  const { target, problem, out } = invocation;
+  const { output, dispose } = await target.encode!(
+    encoder,
+    problem,
+    invocation.inputs,
+    choice.cfg,
+    out as GpuTensor | undefined,
+  );
+  return { output, dispose, [Symbol.dispose]: dispose };
+}

@@ -1,0 +1,120 @@
+// Plans made ready on a device: kernels compiled, parameters and schedules in GPU memory. They depend on shapes, layouts and
+// configuration alone and never change, so that calls alike share one: a warm call generates no WGSL and uploads nothing
+// but its tensors.
+
+import type { FlashMLAConfig } from "../op/config.ts";
+import type { MlaProblem } from "../op/mla_problem.ts";
+import { type AttentionPlan, attentionPlan, type Dispatch } from "./attention_plan.ts";
+import { BufferUsage } from "./buffers.ts";
+import { type GpuContext, unlessLost } from "./device.ts";
+import { checked } from "./error_scopes.ts";
+import type { OperandLayouts } from "./operand_layout.ts";
+
+/** The kernels of a plan, by name. */
+export type KernelName = Dispatch["kernel"];
+
+/** A plan with its kernels and its constant buffers. */
+export interface CompiledPlan {
+  /** The plan. */
+  readonly plan: AttentionPlan;
+  /** The compiled kernels. */
+  readonly pipelines: Readonly<Record<KernelName, GPUComputePipeline>>;
+  /** The parameter blocks. */
+  readonly params: GPUBuffer;
+  /** The schedule of each query range. */
+  readonly blocks: readonly GPUBuffer[];
+}
+
+/** Plans that one device keeps. A model's layers share one; prefill lengths and decoding steps bring new ones. */
+const keptPlans = 64;
+
+/** The compiled plans of one device, those used last kept. */
+export class PlanCache {
+  readonly #context: GpuContext;
+  readonly #kept = new Map<string, Promise<CompiledPlan>>();
+  readonly #users = new WeakMap<Promise<CompiledPlan>, number>();
+
+  /** @param context The device. */
+  constructor(context: GpuContext) {
+    this.#context = context;
+  }
+
+  /**
+   * Borrows a plan, which stays as it is until `release` is called.
+   *
+   * @throws {FlashMLAError} When the call cannot be planned (`limit`) or a kernel does not compile (`device`).
+   */
+  async borrow(
+    problem: MlaProblem,
+    config: FlashMLAConfig,
+    layouts: OperandLayouts,
+  ): Promise<{ readonly compiled: CompiledPlan; release(): void }> {
+    const key = JSON.stringify([problem, config, layouts]);
+    const found = this.#kept.get(key) ??
+      this.#compile(attentionPlan(problem, config, this.#context.capabilities, layouts));
+    this.#kept.delete(key);
+    this.#kept.set(key, found);
+    this.#use(found, 1);
+    this.#trim();
+    let released = false;
+    const release = () => {
+      if (released) return;
+      released = true;
+      this.#use(found, -1);
+      this.#trim();
+    };
+    try {
+      return { compiled: await unlessLost(this.#context, () => found), release };
+    } catch (error) {
+      if (this.#kept.get(key) === found) this.#kept.delete(key);
+      release();
+      throw error;
+    }
+  }
+
+  async #compile(plan: AttentionPlan): Promise<CompiledPlan> {
+    const { pipelines } = this.#context;
+    const names = Object.keys(plan.kernels) as KernelName[];
+    const compiled = await Promise.all(names.map((name) => pipelines.get(name, plan.kernels[name])));
+    return await checked(this.#context, "hold a plan", () => ({
+      plan,
+      pipelines: Object.fromEntries(names.map((name, i) => [name, compiled[i]])) as CompiledPlan["pipelines"],
+      params: this.#upload(BufferUsage.UNIFORM, plan.params),
+      blocks: plan.queryRanges.map(({ blocks }) => this.#upload(BufferUsage.STORAGE, blocks.buffer)),
+    }));
+  }
+
+  #upload(usage: number, data: ArrayBuffer): GPUBuffer {
+    const { device } = this.#context;
+    const buffer = device.createBuffer({
+      label: "flash-mla plan",
+      size: data.byteLength,
+      usage: usage | BufferUsage.COPY_DST,
+    });
+    device.queue.writeBuffer(buffer, 0, data);
+    return buffer;
+  }
+
+  #use(plan: Promise<CompiledPlan>, change: number): void {
+    this.#users.set(plan, (this.#users.get(plan) ?? 0) + change);
+  }
+
+  /** Forgets the plans used longest ago, those in use excepted. */
+  #trim(): void {
+    for (const [key, plan] of this.#kept) {
+      if (this.#kept.size <= keptPlans) return;
+      if ((this.#users.get(plan) ?? 0) > 0) continue;
+      this.#kept.delete(key);
+      plan.then(({ params, blocks }) => [params, ...blocks].forEach((buffer) => buffer.destroy()), () => {});
+    }
+  }
+}
+
+const caches = new WeakMap<GpuContext, PlanCache>();
+
+/** The compiled plans of a device. */
+export function planCache(context: GpuContext): PlanCache {
+  let cache = caches.get(context);
+  if (cache === undefined) caches.set(context, cache = new PlanCache(context));
+  return cache;
+}

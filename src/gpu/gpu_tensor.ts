@@ -1,0 +1,173 @@
+// Tensors in GPU memory that the library allocates, fills and reads.
+
+import { FlashMLAError } from "../op/errors.ts";
+import { halfBits, halfTensor, toFloats, zeros } from "../op/half.ts";
+import {
+  checkTensor,
+  denseStrides,
+  elementBytes,
+  elementCount,
+  type F16Tensor,
+  type GpuTensor,
+  type HostTensor,
+  isGpuTensor,
+  kindOf,
+  type OwnedGpuTensor,
+  spanElements,
+  type Tensor,
+} from "../op/tensor.ts";
+import { BufferUsage } from "./buffers.ts";
+import { type GpuContext, gpuContext, unlessLost } from "./device.ts";
+import { checked } from "./error_scopes.ts";
+
+/** Allocates a dense tensor with arbitrary elements. */
+export function allocateTensor(
+  context: GpuContext,
+  shape: readonly number[],
+  dtype: "f32" | "f16",
+): OwnedGpuTensor {
+  const bytes = Math.max(4, Math.ceil(elementCount(shape) * elementBytes(dtype) / 4) * 4);
+  const buffer = context.buffers.acquire("storage", bytes);
+  let disposed = false;
+  const dispose = () => {
+    if (!disposed) context.buffers.release("storage", buffer);
+    disposed = true;
+  };
+  return {
+    buffer,
+    shape: [...shape],
+    dtype,
+    device: context.device,
+    get disposed() {
+      return disposed;
+    },
+    dispose,
+    [Symbol.dispose]: dispose,
+  };
+}
+
+/**
+ * Allocates a tensor and does a first step with it.
+ *
+ * @throws {FlashMLAError} When the device has no memory left, or refuses the step; the tensor is given back then.
+ */
+export async function allocated(
+  context: GpuContext,
+  shape: readonly number[],
+  dtype: "f32" | "f16",
+  step: (tensor: OwnedGpuTensor) => void = () => {},
+): Promise<OwnedGpuTensor> {
+  let made: OwnedGpuTensor | undefined;
+  try {
+    return await unlessLost(context, () =>
+      checked(context, "hold a tensor", () => {
+        made = allocateTensor(context, shape, dtype);
+        step(made);
+        return made;
+      }));
+  } catch (error) {
+    if (made !== undefined) context.buffers.discard(made.buffer);
+    throw error;
+  }
+}
+
+/**
+ * Copies a host tensor to a GPU, to be used by many calls: weights, or what one call after another works on.
+ *
+ * @param tensor The tensor. Halves stay halves, bfloat16 becomes float32.
+ * @param device The device; the process's own when absent.
+ * @returns The tensor on the device, dense. The caller disposes of it.
+ * @throws {FlashMLAError} When it is no host tensor (`invalid-input`), is larger than a buffer may be (`limit`), or the
+ * device fails or is not to be had (`device`, `unsupported-platform`).
+ *
+ * @example
+ * ```ts ignore
+ * import { tensor, toGpu } from "@flash-mla/webgpu";
+ *
+ * using wKc = await toGpu(tensor(new Float32Array(512 * 16 * 128), [512, 16, 128]));
+ * ```
+ */
+export async function toGpu(tensor: HostTensor, device?: GPUDevice): Promise<OwnedGpuTensor> {
+  checkTensor("tensor", tensor);
+  if (isGpuTensor(tensor)) {
+    throw new FlashMLAError("invalid-input", "Cannot copy tensor to the GPU: it lies on a GPU already");
+  }
+  const context = await gpuContext(device);
+  const source = tensor.dtype === "f16" ? halfBits(tensor.data) : toFloats(tensor).data;
+  // Copied, since whole words are written, and engines take no memory that is shared with other threads.
+  const bytes = new Uint8Array(Math.ceil(source.byteLength / 4) * 4);
+  bytes.set(new Uint8Array(source.buffer, source.byteOffset, source.byteLength));
+  const dtype = tensor.dtype === "f16" ? "f16" : "f32";
+  return await allocated(context, tensor.shape, dtype, ({ buffer }) => {
+    if (bytes.length > 0) context.device.queue.writeBuffer(buffer, 0, bytes);
+  });
+}
+
+/**
+ * Copies a tensor from a GPU to the host, after all work submitted before.
+ *
+ * @param tensor The tensor. Its buffer needs usage `COPY_SRC`, which tensors of this library have.
+ * @param device The buffer's device, where the tensor does not name it; the process's own when absent.
+ * @returns A dense tensor of the same element type: halves in a `Float16Array`, or as bits where the runtime has none.
+ * @throws {FlashMLAError} When it is no such tensor (`invalid-input`), or the device fails (`device`).
+ */
+export async function toHost(tensor: GpuTensor, device?: GPUDevice): Promise<Tensor | F16Tensor> {
+  checkTensor("tensor", tensor);
+  const refuse = (why: string): never => {
+    throw new FlashMLAError("invalid-input", `Cannot copy tensor to the host: ${why}`);
+  };
+  if (!isGpuTensor(tensor)) return refuse(`expected { buffer, shape, dtype }, got a tensor on the host`);
+  const { buffer, shape, dtype, offset = 0, strides = denseStrides(shape) } = tensor;
+  if ((buffer.usage & BufferUsage.COPY_SRC) === 0) {
+    refuse(`its buffer must have usage COPY_SRC, got usage 0x${buffer.usage.toString(16)}`);
+  }
+  if (device !== undefined && typeof device?.createBuffer !== "function") {
+    refuse(`device must be a GPUDevice, got ${kindOf(device)}`);
+  }
+  const context = await gpuContext(tensor.device ?? device);
+  if (elementCount(shape) === 0) return zeros(shape, dtype);
+  const bytes = elementBytes(dtype);
+  const start = Math.floor(offset / 4) * 4;
+  const size = Math.ceil((offset + spanElements(tensor) * bytes - start) / 4) * 4;
+  const readback = context.buffers.acquire("readback", size);
+  try {
+    return await unlessLost(context, async () => {
+      await checked(context, "read the tensor", () => {
+        const encoder = context.device.createCommandEncoder({ label: "flash-mla toHost" });
+        encoder.copyBufferToBuffer(buffer, start, readback, 0, size);
+        context.device.queue.submit([encoder.finish()]);
+      });
+      await readback.mapAsync(1, 0, size);
+      const mapped = readback.getMappedRange(0, size);
+      const first = (offset - start) / bytes;
+      const read = dtype === "f16" ? new Uint16Array(mapped) : new Float32Array(mapped);
+      const dense = gather(read.subarray(first), shape, strides);
+      readback.unmap();
+      return dense instanceof Uint16Array ? halfTensor(dense, shape) : { data: dense, shape };
+    });
+  } finally {
+    context.buffers.release("readback", readback);
+  }
+}
+
+/** A dense copy of strided elements. */
+function gather<Data extends Float32Array | Uint16Array>(
+  from: Data,
+  shape: readonly number[],
+  strides: readonly number[],
+): Float32Array | Uint16Array {
+  const count = elementCount(shape);
+  if (strides.join() === denseStrides(shape).join()) return from.slice(0, count);
+  const dense = from instanceof Uint16Array ? new Uint16Array(count) : new Float32Array(count);
+  const width = shape[shape.length - 1];
+  const index = shape.slice(0, -1).map(() => 0);
+  for (let row = 0; row * width < count; row++) {
+    const at = index.reduce((sum, n, axis) => sum + n * strides[axis], 0);
+    dense.set(from.subarray(at, at + width), row * width);
+    for (let axis = index.length - 1; axis >= 0; axis--) {
+      if (++index[axis] < shape[axis]) break;
+      index[axis] = 0;
+    }
+  }
+  return dense;
+}

@@ -1,0 +1,160 @@
+// Where the elements of a call's tensors lie in GPU memory, as far as plans and kernels care.
+
+import { type MlaInputs, type MlaProblem, outputShape, type TensorName, tensorNames } from "../op/mla_problem.ts";
+import { type AnyTensor, denseStrides, dtypeOf, elementBytes, type GpuTensor, isGpuTensor } from "../op/tensor.ts";
+
+/** What kernels load and store. */
+export type StorageType = "f32" | "f16";
+
+/** The tensors of a call that lie in GPU memory while it runs. */
+export type LaidOut = TensorName | "output";
+
+/** How one tensor lies in GPU memory. Lengths are in elements. */
+export interface OperandLayout {
+  /** How kernels load and store it. */
+  readonly dtype: StorageType;
+  /**
+   * Whether kernels work on the caller's buffer. Otherwise the tensor is dense in memory of ours: one buffer, or one for
+   * each query range.
+   */
+  readonly resident: boolean;
+  /** From the buffer's start to the first element; 0 unless resident. */
+  readonly offset: number;
+  /** From one batch item to the next. */
+  readonly batch: number;
+  /** From one position to the next. */
+  readonly row: number;
+  /** From one head to the next; the row itself for tensors without heads. */
+  readonly head: number;
+}
+
+/** The layouts of a call's tensors; those that the call lacks are missing. */
+export type OperandLayouts = Readonly<Partial<Record<LaidOut, OperandLayout>>>;
+
+/** A part of a buffer to bind. */
+export interface BindingWindow {
+  /** Bytes from the buffer's start, a multiple of 256. */
+  readonly offset: number;
+  /** Bytes, a multiple of 4. */
+  readonly size: number;
+  /** Elements from the window's start to the first element of the part. */
+  readonly base: number;
+}
+
+/** Bytes to bind of a tensor without elements: a binding holds at least one element of its array. */
+export const emptyBinding = 16;
+
+/** WebGPU's strictest alignment of a binding's offset. */
+const bindingAlignment = 256;
+
+/** A dense tensor in memory of ours. */
+export function denseLayout(shape: readonly number[], dtype: StorageType): OperandLayout {
+  return { dtype, resident: false, offset: 0, ...axes(shape, denseStrides(shape)) };
+}
+
+/** A tensor in the caller's buffer. */
+export function residentLayout(tensor: GpuTensor): OperandLayout {
+  const { shape, dtype, offset = 0, strides = denseStrides(shape) } = tensor;
+  return { dtype, resident: true, offset: offset / elementBytes(dtype), ...axes(shape, strides) };
+}
+
+/**
+ * The layouts of a call.
+ *
+ * @param problem The call's dimensions.
+ * @param inputs The call's tensors.
+ * @param f16 Whether kernels can load and store halves; without, halves are brought to float32 first.
+ * @param out The tensor on the GPU that takes the result, or the element type of one in memory of ours.
+ */
+export function operandLayouts(
+  problem: MlaProblem,
+  inputs: MlaInputs,
+  f16: boolean,
+  out: GpuTensor | StorageType,
+): OperandLayouts {
+  const layoutOf = (tensor: AnyTensor): OperandLayout => {
+    const half = dtypeOf(tensor) === "f16";
+    if (isGpuTensor(tensor) && (f16 || !half)) return residentLayout(tensor);
+    return denseLayout(tensor.shape, half && f16 ? "f16" : "f32");
+  };
+  const layouts: Partial<Record<LaidOut, OperandLayout>> = {};
+  for (const name of tensorNames) {
+    const tensor = inputs[name];
+    if (tensor !== undefined) layouts[name] = layoutOf(tensor);
+  }
+  layouts.output = typeof out === "string"
+    ? denseLayout(outputShape(problem), out === "f16" && f16 ? "f16" : "f32")
+    : layoutOf(out);
+  return layouts;
+}
+
+/** The layouts of a call whose tensors are all dense in float32, in memory of ours. */
+export function denseLayouts(problem: MlaProblem): OperandLayouts {
+  const { batch, queryLength, keyLength, queryHeads, kvHeads, kvLoraRank, qkRopeHeadDim: R, rope } = problem;
+  const { qkNopeHeadDim: P, vHeadDim } = problem;
+  const dense = (...shape: number[]) => denseLayout(shape, "f32");
+  return {
+    query: dense(batch, queryLength, queryHeads, rope === "in_query" ? P + R : P),
+    keyValue: dense(batch, keyLength, kvLoraRank),
+    wKc: dense(kvLoraRank, kvHeads, P),
+    wVc: dense(kvLoraRank, kvHeads, vHeadDim),
+    ...(rope === "none" ? {} : { bK: dense(batch, keyLength, R) }),
+    ...(rope === "shared" ? { bQ: dense(batch, queryLength, R) } : {}),
+    output: dense(...outputShape(problem)),
+  };
+}
+
+/** Elements by which a batch item starts later than if the items followed each other; negative for overlapping items. */
+export function batchGap(layout: OperandLayout, rows: number): number {
+  return layout.batch - rows * layout.row;
+}
+
+/** Whether every run of four columns that starts at a multiple of four is aligned. */
+export function isQuadAligned({ offset, batch, row, head }: OperandLayout): boolean {
+  return [offset, batch, row, head].every((elements) => elements % 4 === 0);
+}
+
+/**
+ * The window that holds some rows of a tensor.
+ *
+ * @param layout Where the tensor lies.
+ * @param rowsPerItem Rows of a batch item.
+ * @param start First row, counted through all batch items.
+ * @param end One past the last row.
+ * @param width Elements from the first to one past the last of a row, all heads included.
+ */
+export function rowWindow(
+  layout: OperandLayout,
+  rowsPerItem: number,
+  start: number,
+  end: number,
+  width: number,
+): BindingWindow {
+  if (start === end) return { offset: 0, size: emptyBinding, base: 0 };
+  const item = (row: number) => Math.floor(row / rowsPerItem);
+  const at = (row: number) => item(row) * layout.batch + (row % rowsPerItem) * layout.row;
+  // Items may overlap or repeat: the nearest row is the first one or an item's first, the furthest the last or an item's
+  // last.
+  const several = item(end - 1) > item(start);
+  const nearest = Math.min(at(start), several ? (item(start) + 1) * layout.batch : Infinity);
+  const furthest = Math.max(at(end - 1), several ? at(item(end - 1) * rowsPerItem - 1) : 0);
+  const origin = layout.resident ? layout.offset : -nearest;
+  return window(layout.dtype, origin + nearest, origin + furthest + width, origin + at(start));
+}
+
+/** The window that holds a dense tensor of `count` elements. */
+export function denseWindow(layout: OperandLayout, count: number): BindingWindow {
+  return window(layout.dtype, layout.offset, layout.offset + count, layout.offset);
+}
+
+function window(dtype: StorageType, start: number, end: number, first: number): BindingWindow {
+  const bytes = elementBytes(dtype);
+  const offset = Math.floor(start * bytes / bindingAlignment) * bindingAlignment;
+  return { offset, size: Math.ceil((end * bytes - offset) / 4) * 4, base: first - offset / bytes };
+}
+
+function axes(shape: readonly number[], strides: readonly number[]): Pick<OperandLayout, "batch" | "row" | "head"> {
+  const [batch, row, head] = strides;
+  // One batch item has no distance to the next: without a gap, more calls share a kernel.
+  return { batch: shape[0] <= 1 ? shape[1] * row : batch, row, head: shape.length === 4 ? head : row };
+}

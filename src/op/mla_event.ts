@@ -1,0 +1,14 @@
+/**
+ * What the user of a call may want to know:
+ *
+ * - `f16-converted`: the device has no half precision; tensors of halves are computed with as float32.
+ */
+export type MlaEventCode = "f16-converted";
+
+/** Something worth telling about a call. The computation goes on regardless. */
+export interface MlaEvent {
+  /** The kind of event. */
+  readonly code: MlaEventCode;
+  /** What happened and what to do, for a person. */
+  readonly message: string;
+}

@@ -1,0 +1,335 @@
+enable subgroups;
+enable f16;
+// MLA attention over expanded keys and values.
+// blockQ 32, blockK 32, 8 × 8 invocations, 4 rows each, depth 4, 1 stage(s)
+const BLOCK_Q = 32u;
+const BLOCK_K = 32u;
+const DEPTH = 4u;
+const DEPTH_PIECES = 1u;
+const TX = 8u;
+const PROB_SLICES = 2u;
+const VALUE_QUADS = 8u;
+const MASKED = -3.4e38;
+const UNSEEN = -3.0e38;
+
+struct Params {
+  scaleLog2: f32,    // softmaxScale · log2(e)
+  firstHead: u32,    // first query head of this head group
+  groupKvHeads: u32, // KV heads in a row of keys and values
+  firstBlock: u32,   // index of the first block of this dispatch
+  groupSize: u32,    // query heads per KV head
+  P: u32,            // widths of a head: rebuilt from latents, rotary, value
+  R: u32,
+  V: u32,
+  // Of each tensor: elements from the binding's start to the first row, from one row to the next, from one head to the
+  // next, and by which a batch item starts later than if the items followed each other, modulo 2^32.
+  queryBase: u32,
+  queryRow: u32,
+  queryHead: u32,
+  queryGap: u32,
+  outputBase: u32,
+  outputRow: u32,
+  outputHead: u32,
+  outputGap: u32,
+  ropeKeyBase: u32,
+  ropeKeyRow: u32,
+  ropeKeyGap: u32,
+  ropeQueryBase: u32,
+  ropeQueryRow: u32,
+  ropeQueryGap: u32,
+}
+
+struct Block {
+  queryStart: u32,
+  queryEnd: u32,
+  keyStart: u32,
+  keyEnd: u32,    // one past the last key that any row sees
+  sharedEnd: u32, // one past the last key that every row sees
+  diagonal: i32,  // causal: row i sees keys below i + diagonal
+  item: u32,      // batch item
+  rangeItem: u32, // batch item, counted from that of the query range's first row
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> blocks: array<Block>;
+@group(0) @binding(2) var<storage, read> query: array<vec4<f16>>;
+@group(0) @binding(3) var<storage, read> keys: array<vec4<f16>>;
+@group(0) @binding(4) var<storage, read> values: array<vec4<f32>>;
+@group(0) @binding(5) var<storage, read_write> output: array<f16>;
+@group(0) @binding(6) var<storage, read> ropeKey: array<f16>;
+
+
+var<workgroup> left: array<array<array<vec4<f32>, 9>, 4>, 1>;
+var<workgroup> right: array<array<array<vec4<f32>, 9>, 4>, 1>;
+var<workgroup> probs: array<array<array<vec4<f32>, 9>, 4>, 2>;
+var<workgroup> poisoned: array<atomic<u32>, 4>; // [0] is set once a staged value row held NaN or infinity
+
+fn nopeSlices() -> u32 { return (params.P + DEPTH - 1u) / DEPTH; }
+
+fn loadQuery(block: Block, head: u32, piece: u32, slice: u32) -> vec4<f32> {
+  let row = block.queryStart + piece / DEPTH_PIECES;
+  let within = (piece % DEPTH_PIECES) * 4u;
+  let offset = params.queryBase + row * params.queryRow + block.rangeItem * params.queryGap + head * params.queryHead;
+  if (row >= block.queryEnd) { return vec4<f32>(); }
+  if (slice < nopeSlices()) {
+    let column = slice * DEPTH + within;
+    if (column < params.P) { return vec4<f32>(query[(offset + column) / 4u]); }
+  } else {
+    let column = (slice - nopeSlices()) * DEPTH + within;
+    if (column < params.R) { return vec4<f32>(query[(offset + params.P + column) / 4u]); }
+  }
+  return vec4<f32>();
+}
+
+fn loadKey(block: Block, kvHead: u32, keyBase: u32, piece: u32, slice: u32) -> vec4<f32> {
+  let row = keyBase + piece / DEPTH_PIECES;
+  let within = (piece % DEPTH_PIECES) * 4u;
+  let offset = (row * params.groupKvHeads + kvHead) * params.P;
+  if (row >= block.keyEnd) { return vec4<f32>(); }
+  if (slice < nopeSlices()) {
+    let column = slice * DEPTH + within;
+    if (column < params.P) { return vec4<f32>(keys[(offset + column) / 4u]); }
+  } else {
+    let column = (slice - nopeSlices()) * DEPTH + within;
+    let ropeOffset = params.ropeKeyBase + row * params.ropeKeyRow + block.item * params.ropeKeyGap;
+    if (column < params.R) { return vec4<f32>(select(0.0, f32(ropeKey[ropeOffset + min(column + 0u, params.R - 1u)]), column + 0u < params.R), select(0.0, f32(ropeKey[ropeOffset + min(column + 1u, params.R - 1u)]), column + 1u < params.R), select(0.0, f32(ropeKey[ropeOffset + min(column + 2u, params.R - 1u)]), column + 2u < params.R), select(0.0, f32(ropeKey[ropeOffset + min(column + 3u, params.R - 1u)]), column + 3u < params.R)); }
+  }
+  return vec4<f32>();
+}
+
+// Key, relative to the block, of entry entry of probability slice group.
+fn sliceKey(group: u32, entry: u32) -> u32 {
+  let own = group * 1u + entry % 1u;
+  return (own / 4u) * 4u * TX + (entry / 1u) * 4u + own % 4u;
+}
+
+fn loadValue(block: Block, kvHead: u32, keyBase: u32, group: u32, piece: u32, slice: u32) -> vec4<f32> {
+  let row = keyBase + sliceKey(group, slice * DEPTH + piece / VALUE_QUADS);
+  let column = (piece % VALUE_QUADS) * 4u;
+  let offset = (row * params.groupKvHeads + kvHead) * params.V;
+  if (row >= block.keyEnd || column >= params.V) { return vec4<f32>(); }
+  return values[(offset + column) / 4u];
+}
+
+fn stageQuery(piece: u32, stage: u32, value: vec4<f32>) {
+  let row = piece / DEPTH_PIECES;
+  let depth = (piece % DEPTH_PIECES) * 4u;
+  left[stage][depth + 0u][row >> 2u][row & 3u] = value[0];
+  left[stage][depth + 1u][row >> 2u][row & 3u] = value[1];
+  left[stage][depth + 2u][row >> 2u][row & 3u] = value[2];
+  left[stage][depth + 3u][row >> 2u][row & 3u] = value[3];
+}
+
+fn stageKey(piece: u32, stage: u32, value: vec4<f32>) {
+  let row = piece / DEPTH_PIECES;
+  let depth = (piece % DEPTH_PIECES) * 4u;
+  right[stage][depth + 0u][row >> 2u][row & 3u] = value[0];
+  right[stage][depth + 1u][row >> 2u][row & 3u] = value[1];
+  right[stage][depth + 2u][row >> 2u][row & 3u] = value[2];
+  right[stage][depth + 3u][row >> 2u][row & 3u] = value[3];
+}
+
+fn stageValue(piece: u32, stage: u32, value: vec4<f32>) {
+  let exponent = bitcast<vec4<u32>>(value) & vec4<u32>(0x7f800000u);
+  if (any(exponent == vec4<u32>(0x7f800000u))) { atomicStore(&poisoned[0], 1u); }
+  right[stage][piece / VALUE_QUADS][piece % VALUE_QUADS] = value;
+}
+
+@compute @workgroup_size(64)
+fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) t: u32) {
+  let block = blocks[params.firstBlock + workgroup.y];
+  let head = params.firstHead + workgroup.x;
+  let kvHead = workgroup.x / params.groupSize;
+  let scoreSlices = nopeSlices() + (params.R + DEPTH - 1u) / DEPTH;
+  let tx = t % TX;
+  let ty = t / TX;
+  if (t == 0u) { atomicStore(&poisoned[0], 0u); } // many barriers before its first use
+  var rowMax0 = vec4<f32>(MASKED);
+  var rowSum0 = vec4<f32>();
+  var o0_0 = vec4<f32>();
+  var o1_0 = vec4<f32>();
+  var o2_0 = vec4<f32>();
+  var o3_0 = vec4<f32>();
+
+  for (var keyBase = block.keyStart; keyBase < block.keyEnd; keyBase += BLOCK_K) {
+    let masking = keyBase + BLOCK_K > block.sharedEnd;
+
+    // Scores.
+    var s0_0 = vec4<f32>();
+    var s1_0 = vec4<f32>();
+    var s2_0 = vec4<f32>();
+    var s3_0 = vec4<f32>();
+    {
+      var query0 = vec4<f32>();
+      var key0 = vec4<f32>();
+
+      for (var slice = 0u; slice < scoreSlices; slice += 1u) {
+        if ((t + 0u) < 32u) { query0 = loadQuery(block, head, (t + 0u), slice); }
+        if ((t + 0u) < 32u) { key0 = loadKey(block, kvHead, keyBase, (t + 0u), slice); }
+        if ((t + 0u) < 32u) { stageQuery((t + 0u), 0u, query0); }
+        if ((t + 0u) < 32u) { stageKey((t + 0u), 0u, key0); }
+        workgroupBarrier();
+        for (var d = 0u; d < 4u; d += 1u) {
+          let a0 = left[0u][d][ty + 0u];
+          let b0 = right[0u][d][tx + 0u];
+          s0_0 = fma(a0, vec4<f32>(b0.x), s0_0);
+          s1_0 = fma(a0, vec4<f32>(b0.y), s1_0);
+          s2_0 = fma(a0, vec4<f32>(b0.z), s2_0);
+          s3_0 = fma(a0, vec4<f32>(b0.w), s3_0);
+        }
+        workgroupBarrier();
+      }
+    }
+    s0_0 *= params.scaleLog2;
+    s1_0 *= params.scaleLog2;
+    s2_0 *= params.scaleLog2;
+    s3_0 *= params.scaleLog2;
+    if (masking) {
+      let end0 = min(vec4<u32>(max(vec4<i32>(i32(block.queryStart + 4u * (ty + 0u))) + vec4<i32>(0, 1, 2, 3) + block.diagonal, vec4<i32>())), vec4<u32>(block.keyEnd));
+      let key0 = vec4<u32>(keyBase + 4u * (tx + 0u) + 0u);
+      s0_0 = select(vec4<f32>(MASKED), s0_0, key0 < end0);
+      let key1 = vec4<u32>(keyBase + 4u * (tx + 0u) + 1u);
+      s1_0 = select(vec4<f32>(MASKED), s1_0, key1 < end0);
+      let key2 = vec4<u32>(keyBase + 4u * (tx + 0u) + 2u);
+      s2_0 = select(vec4<f32>(MASKED), s2_0, key2 < end0);
+      let key3 = vec4<u32>(keyBase + 4u * (tx + 0u) + 3u);
+      s3_0 = select(vec4<f32>(MASKED), s3_0, key3 < end0);
+    }
+
+    // Row maxima over the block, then over all that came before.
+    var newMax0 = s0_0;
+    newMax0 = max(newMax0, s1_0);
+    newMax0 = max(newMax0, s2_0);
+    newMax0 = max(newMax0, s3_0);
+    newMax0 = max(newMax0, subgroupShuffleXor(newMax0, 4u));
+    newMax0 = max(newMax0, subgroupShuffleXor(newMax0, 2u));
+    newMax0 = max(newMax0, subgroupShuffleXor(newMax0, 1u));
+    newMax0 = max(newMax0, rowMax0);
+
+    // Probabilities, and the rescaling of what was summed under the old maximum.
+    let decay0 = exp2(rowMax0 - newMax0);
+    rowMax0 = newMax0;
+    rowSum0 *= decay0;
+    s0_0 = select(exp2(s0_0 - newMax0), vec4<f32>(), s0_0 <= vec4<f32>(UNSEEN));
+    rowSum0 += s0_0;
+    s1_0 = select(exp2(s1_0 - newMax0), vec4<f32>(), s1_0 <= vec4<f32>(UNSEEN));
+    rowSum0 += s1_0;
+    s2_0 = select(exp2(s2_0 - newMax0), vec4<f32>(), s2_0 <= vec4<f32>(UNSEEN));
+    rowSum0 += s2_0;
+    s3_0 = select(exp2(s3_0 - newMax0), vec4<f32>(), s3_0 <= vec4<f32>(UNSEEN));
+    rowSum0 += s3_0;
+    o0_0 *= decay0[0];
+    o1_0 *= decay0[1];
+    o2_0 *= decay0[2];
+    o3_0 *= decay0[3];
+
+    // Outputs.
+    for (var group = 0u; group < 4u; group += 1u) {
+      {
+        var value0 = vec4<f32>();
+        switch group {
+          case 0u: {
+            probs[(tx * 1u + 0u) / DEPTH][(tx * 1u + 0u) % DEPTH][ty + 0u] = s0_0;
+          }
+          case 1u: {
+            probs[(tx * 1u + 0u) / DEPTH][(tx * 1u + 0u) % DEPTH][ty + 0u] = s1_0;
+          }
+          case 2u: {
+            probs[(tx * 1u + 0u) / DEPTH][(tx * 1u + 0u) % DEPTH][ty + 0u] = s2_0;
+          }
+          case 3u: {
+            probs[(tx * 1u + 0u) / DEPTH][(tx * 1u + 0u) % DEPTH][ty + 0u] = s3_0;
+          }
+          default: {}
+        }
+        for (var slice = 0u; slice < PROB_SLICES; slice += 1u) {
+          if ((t + 0u) < 32u) { value0 = loadValue(block, kvHead, keyBase, group, (t + 0u), slice); }
+          if ((t + 0u) < 32u) { stageValue((t + 0u), 0u, value0); }
+          workgroupBarrier();
+          if (masking && atomicLoad(&poisoned[0]) != 0u) {
+            for (var d = 0u; d < 4u; d += 1u) {
+              let a0 = probs[slice][d][ty + 0u];
+              let b0 = right[0u][d][tx + 0u];
+              o0_0 = select(fma(vec4<f32>(a0[0]), b0, o0_0), o0_0, a0[0] == 0.0);
+              o1_0 = select(fma(vec4<f32>(a0[1]), b0, o1_0), o1_0, a0[1] == 0.0);
+              o2_0 = select(fma(vec4<f32>(a0[2]), b0, o2_0), o2_0, a0[2] == 0.0);
+              o3_0 = select(fma(vec4<f32>(a0[3]), b0, o3_0), o3_0, a0[3] == 0.0);
+            }
+          } else {
+            for (var d = 0u; d < 4u; d += 1u) {
+              let a0 = probs[slice][d][ty + 0u];
+              let b0 = right[0u][d][tx + 0u];
+              o0_0 = fma(vec4<f32>(a0.x), b0, o0_0);
+              o1_0 = fma(vec4<f32>(a0.y), b0, o1_0);
+              o2_0 = fma(vec4<f32>(a0.z), b0, o2_0);
+              o3_0 = fma(vec4<f32>(a0.w), b0, o3_0);
+            }
+          }
+          workgroupBarrier();
+        }
+      }
+    }
+  }
+
+  // Row sums over the invocations of a row.
+  var total0 = rowSum0;
+  total0 += subgroupShuffleXor(total0, 4u);
+  total0 += subgroupShuffleXor(total0, 2u);
+  total0 += subgroupShuffleXor(total0, 1u);
+  {
+    let row = block.queryStart + 4u * (ty + 0u) + 0u;
+    if (row < block.queryEnd) {
+      let offset = params.outputBase + row * params.outputRow + block.rangeItem * params.outputGap + head * params.outputHead;
+      {
+        let column = 4u * (tx + 0u);
+        let result = select(o0_0 / total0[0], vec4<f32>(), total0[0] == 0.0);
+        if (column + 0u < params.V) { output[offset + column + 0u] = f16(result[0]); }
+        if (column + 1u < params.V) { output[offset + column + 1u] = f16(result[1]); }
+        if (column + 2u < params.V) { output[offset + column + 2u] = f16(result[2]); }
+        if (column + 3u < params.V) { output[offset + column + 3u] = f16(result[3]); }
+      }
+    }
+  }
+  {
+    let row = block.queryStart + 4u * (ty + 0u) + 1u;
+    if (row < block.queryEnd) {
+      let offset = params.outputBase + row * params.outputRow + block.rangeItem * params.outputGap + head * params.outputHead;
+      {
+        let column = 4u * (tx + 0u);
+        let result = select(o1_0 / total0[1], vec4<f32>(), total0[1] == 0.0);
+        if (column + 0u < params.V) { output[offset + column + 0u] = f16(result[0]); }
+        if (column + 1u < params.V) { output[offset + column + 1u] = f16(result[1]); }
+        if (column + 2u < params.V) { output[offset + column + 2u] = f16(result[2]); }
+        if (column + 3u < params.V) { output[offset + column + 3u] = f16(result[3]); }
+      }
+    }
+  }
+  {
+    let row = block.queryStart + 4u * (ty + 0u) + 2u;
+    if (row < block.queryEnd) {
+      let offset = params.outputBase + row * params.outputRow + block.rangeItem * params.outputGap + head * params.outputHead;
+      {
+        let column = 4u * (tx + 0u);
+        let result = select(o2_0 / total0[2], vec4<f32>(), total0[2] == 0.0);
+        if (column + 0u < params.V) { output[offset + column + 0u] = f16(result[0]); }
+        if (column + 1u < params.V) { output[offset + column + 1u] = f16(result[1]); }
+        if (column + 2u < params.V) { output[offset + column + 2u] = f16(result[2]); }
+        if (column + 3u < params.V) { output[offset + column + 3u] = f16(result[3]); }
+      }
+    }
+  }
+  {
+    let row = block.queryStart + 4u * (ty + 0u) + 3u;
+    if (row < block.queryEnd) {
+      let offset = params.outputBase + row * params.outputRow + block.rangeItem * params.outputGap + head * params.outputHead;
+      {
+        let column = 4u * (tx + 0u);
+        let result = select(o3_0 / total0[3], vec4<f32>(), total0[3] == 0.0);
+        if (column + 0u < params.V) { output[offset + column + 0u] = f16(result[0]); }
+        if (column + 1u < params.V) { output[offset + column + 1u] = f16(result[1]); }
+        if (column + 2u < params.V) { output[offset + column + 2u] = f16(result[2]); }
+        if (column + 3u < params.V) { output[offset + column + 3u] = f16(result[3]); }
+      }
+    }
+  }
+}
