@@ -6,7 +6,7 @@
  */
 
 export { defaultExecutor, FlashMLA, flashMLA, mlaAttention, MlaInvocation } from "./src/flash_mla.ts";
-export type { MlaCall, MlaExecutor, MlaOptions } from "./src/flash_mla.ts";
+export type { MlaCall, MlaCallOptions, MlaExecutor, MlaOptions } from "./src/flash_mla.ts";
 
 export { encodeMlaAttention } from "./src/encode_mla_attention.ts";
 export type { EncodedAttention } from "./src/encode_mla_attention.ts";

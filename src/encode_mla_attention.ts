@@ -1,4 +1,4 @@
-import { defaultExecutor, flashMLA, MlaInvocation, type MlaOptions } from "./flash_mla.ts";
+import { defaultExecutor, flashMLA, type MlaCallOptions, MlaInvocation } from "./flash_mla.ts";
 import { FlashMLAError } from "./op/errors.ts";
 import type { MlaInputs } from "./op/mla_problem.ts";
 import { type GpuTensor, isGpuTensor, kindOf } from "./op/tensor.ts";
@@ -39,10 +39,7 @@ export interface EncodedAttention {
 export async function encodeMlaAttention(
   encoder: GPUCommandEncoder,
   inputs: MlaInputs,
-  options: MlaOptions & {
-    /** The tensor that takes the result, on the GPU. */
-    readonly out?: GpuTensor;
-  } = {},
+  options: MlaCallOptions<GpuTensor> = {},
 ): Promise<EncodedAttention> {
   const refuse = (why: string): never => {
     throw new FlashMLAError("invalid-input", `Cannot record MLA: ${why}`);
@@ -52,7 +49,7 @@ export async function encodeMlaAttention(
   }
   if (options?.out !== undefined && !isGpuTensor(options.out)) refuse("out must lie on the GPU, got a host tensor");
   const executor = options?.executor ?? defaultExecutor();
-  const call = { inputs, options: { ...options, platform: options?.platform ?? "webgpu" } as MlaOptions };
+  const call = { inputs, options: { ...options, platform: options?.platform ?? "webgpu" } };
   const { invocation, choice } = await executor.prepare(flashMLA, call, { cfg: options?.cfg });
   if (!(invocation instanceof MlaInvocation) || invocation.target.encode === undefined) {
     return refuse(`platform "${call.options.platform}" has nothing to record; use "webgpu"`);

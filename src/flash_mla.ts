@@ -35,13 +35,17 @@ export interface MlaOptions extends MlaMathOptions {
   readonly executor?: MlaExecutor;
   /** The WebGPU device to run on; that of the tensors, or the process's own, opened on first use, when absent. */
   readonly device?: GPUDevice;
+  /** Hears of what the call's user may want to know, once per device; a line on the console when absent. */
+  readonly onEvent?: (event: MlaEvent) => void;
+}
+
+/** The options of one call, with the tensor that takes the result. */
+export interface MlaCallOptions<Out extends AnyTensor = AnyTensor> extends MlaOptions {
   /**
    * The tensor that takes the result, `[batch, queryLength, queryHeads, vHeadDim]` in float32 or halves, written in place
    * and returned. On a GPU it needs a buffer that no input lies in. When absent, the result is a new tensor like the query.
    */
-  readonly out?: AnyTensor;
-  /** Hears of what the call's user may want to know, once per device; a line on the console when absent. */
-  readonly onEvent?: (event: MlaEvent) => void;
+  readonly out?: Out;
 }
 
 /** One call of the operation. */
@@ -49,7 +53,7 @@ export interface MlaCall {
   /** The tensors. */
   readonly inputs: MlaInputs;
   /** The options. */
-  readonly options?: MlaOptions;
+  readonly options?: MlaCallOptions;
 }
 
 /** An executor of {@link FlashMLA}. */
@@ -250,7 +254,7 @@ function checkOptions(options: MlaOptions): void {
 }
 
 /** The device that a call's tensors and options name, if any. */
-function deviceOf(inputs: MlaInputs, { device, out }: MlaOptions): GPUDevice | undefined {
+function deviceOf(inputs: MlaInputs, { device, out }: MlaCallOptions): GPUDevice | undefined {
   let [owner, found] = ["options.device", device];
   for (const [name, tensor] of [...tensorNames.map((name) => [name, inputs[name]] as const), ["out", out] as const]) {
     if (tensor === undefined || !isGpuTensor(tensor) || tensor.device === undefined) continue;
@@ -326,10 +330,7 @@ export function defaultExecutor(): MlaExecutor {
  */
 export async function mlaAttention<Query extends AnyTensor, Out extends AnyTensor = ResultLike<Query>>(
   inputs: MlaInputs<AnyTensor, Query>,
-  options: MlaOptions & {
-    /** The tensor that takes the result. */
-    readonly out?: Out;
-  } = {},
+  options: MlaCallOptions<Out> = {},
 ): Promise<Out> {
   const executor = options?.executor ?? defaultExecutor();
   if (typeof executor.run !== "function") {

@@ -2,13 +2,10 @@ import { readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { describe, test } from "node:test";
 import { assertEquals, assertStringIncludes } from "@std/assert";
 import { temporaryFolder } from "./support/cache_folder.ts";
-import { open, openKv } from "./support/cache_heard.ts";
-import { isDeno } from "./support/cache_process.ts";
+import { noFile, open, openKv } from "./support/cache_heard.ts";
 import { sampleKey, sampleRecord } from "./support/cache_sample.ts";
 
-const skip = isDeno ? false : "needs Deno KV";
-
-describe("PersistentCache with a damaged file", { skip }, () => {
+describe("PersistentCache with a damaged file", { skip: noFile }, () => {
   const soundFile = async (path: string): Promise<Uint8Array> => {
     const { cache } = open({ path });
     for (let i = 0; i < 60; i++) await cache.put(sampleKey(`${i}`), sampleRecord(i, "x".repeat(500)));

@@ -4,10 +4,10 @@ import { assert, assertEquals, assertMatch } from "@std/assert";
 import { sqliteDamage } from "../src/cache/kv_file_check.ts";
 import { PersistentCache } from "../src/cache/persistent_cache.ts";
 import { temporaryFolder } from "./support/cache_folder.ts";
-import { isDeno, work } from "./support/cache_process.ts";
+import { noFile } from "./support/cache_heard.ts";
+import { TIMEOUT_MS, work } from "./support/cache_process.ts";
 import { sampleKey, sampleRecord } from "./support/cache_sample.ts";
 
-const skip = isDeno ? false : "needs Deno KV";
 const PAGE = 4096;
 
 async function soundFile(path: string, entries: number = 20): Promise<Uint8Array> {
@@ -22,7 +22,7 @@ function changed(file: Uint8Array, at: number, ...bytes: number[]): Uint8Array {
   return copy;
 }
 
-describe("sqliteDamage()", { skip }, () => {
+describe("sqliteDamage()", { skip: noFile }, () => {
   test("finds nothing wrong with what Deno KV writes, nor with an empty file", async () => {
     using folder = temporaryFolder();
     assertEquals(sqliteDamage(new Uint8Array()), null);
@@ -47,11 +47,11 @@ describe("sqliteDamage()", { skip }, () => {
     }
   });
 
-  test("keeps Deno from opening a file that would end the process", async () => {
+  test("keeps a runtime from opening a file that would end the process", { timeout: TIMEOUT_MS }, async () => {
     using folder = temporaryFolder();
     const path = folder.file("configs.kv");
     const file = await soundFile(path);
-    // Pages 5 to 8 are the roots of KV's queue tables, which Deno's clean-up thread reads; it panics on them.
+    // Pages 5 to 8 are the roots of KV's queue tables, which a clean-up thread of Deno reads; it panics on them.
     for (const page of [5, 6, 7, 8]) {
       writeFileSync(path, changed(file, (page - 1) * PAGE, ...new Uint8Array(PAGE)));
       const { events, got } = await work({ path, put: [["a", page]], get: ["a", "1"] });

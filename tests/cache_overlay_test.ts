@@ -2,6 +2,7 @@ import { describe, test } from "node:test";
 import { assertEquals } from "@std/assert";
 import { overlayCache, overlayLookup } from "../src/cache/overlay_cache.ts";
 import type { SampleConfig } from "./support/cache_sample.ts";
+import { closedGate } from "./support/cache_gate.ts";
 
 const lookup = (op: string = "flash_mla@1", callKey: string = "00aa"): SampleConfig | undefined =>
   overlayLookup<SampleConfig>(op, callKey);
@@ -43,7 +44,7 @@ describe("overlayCache()", () => {
   });
 
   test("keeps overlapping callbacks apart", async () => {
-    const gate = Promise.withResolvers<void>();
+    const gate = closedGate();
     const calls = [1, 2, 3].map((block) =>
       overlayCache({ block }, async () => {
         await gate.promise;

@@ -1,17 +1,18 @@
 import { spawnSync } from "node:child_process";
 import { chmodSync, existsSync, mkdirSync, readdirSync, writeFileSync } from "node:fs";
-import { delimiter } from "node:path";
 import process from "node:process";
 import { describe, test } from "node:test";
-import { fileURLToPath } from "node:url";
 import { assert, assertEquals, assertFalse, assertMatch, assertStringIncludes } from "@std/assert";
 import type { CacheEvent } from "../src/cache/cache_event.ts";
 import { PersistentCache } from "../src/cache/persistent_cache.ts";
 import { temporaryFolder } from "./support/cache_folder.ts";
-import { holdLock, isDeno, startProgram, work, workTogether } from "./support/cache_process.ts";
+import { noFile } from "./support/cache_heard.ts";
+import { holdLock, noLockHolder, startProgram, TIMEOUT_MS, work, workTogether } from "./support/cache_process.ts";
+import { isDeno, isOnPath, runtimes, scriptFor } from "./support/cache_runtime.ts";
 import { sampleKey, sampleRecord } from "./support/cache_sample.ts";
 
-const skip = isDeno ? false : "needs Deno KV";
+const noDeno = isDeno ? false : "is about Deno";
+const timeout = TIMEOUT_MS;
 const KV = "--unstable-kv";
 // Deno's child_process adds --allow-all to a `deno run` without any flag about permissions.
 const NONE = "--deny-net";
@@ -24,15 +25,11 @@ function withoutOverride(): readonly string[] | null {
   return spawnSync(words[0]!, [words[1]!, "true"]).status === 0 ? words : null;
 }
 
-function isInstalled(program: string): boolean {
-  return (process.env.PATH ?? "").split(delimiter).some((folder) => existsSync(`${folder}/${program}`));
-}
-
 const range = (length: number): number[] => Array.from({ length }, (_, i) => i);
 const inOrder = <T>(items: readonly T[]): T[] => [...items].sort();
 
-describe("processes that share one file", { skip }, () => {
-  test("lose nothing of each other's when they write at the same time", async () => {
+describe("processes that share one file", { skip: noFile }, () => {
+  test("lose nothing of each other's when they write at the same time", { timeout }, async () => {
     using folder = temporaryFolder();
     const path = folder.file("new", "configs.kv");
     const keys = range(6).map((worker) => range(8).map((i): [string, number] => [`${worker}/${i}`, 10 * worker + i]));
@@ -42,7 +39,7 @@ describe("processes that share one file", { skip }, () => {
     assertEquals(inOrder(entries), inOrder(keys.flat()));
   });
 
-  test("replace a damaged file once, and lose nothing of what follows", async () => {
+  test("replace a damaged file once, and lose nothing of what follows", { timeout }, async () => {
     using folder = temporaryFolder();
     const path = folder.file("configs.kv");
     writeFileSync(path, "This is not a database. ".repeat(500));
@@ -53,7 +50,7 @@ describe("processes that share one file", { skip }, () => {
     assertEquals(inOrder(entries), range(6).map((worker) => [`${worker}`, worker] as const));
   });
 
-  test("wait while one of them holds the lock", async () => {
+  test("wait while one of them holds the lock", { timeout, skip: noLockHolder }, async () => {
     using folder = temporaryFolder();
     const path = folder.file("configs.kv");
     await work({ path, put: [["a", 1]] });
@@ -74,36 +71,40 @@ describe("processes that share one file", { skip }, () => {
     assertEquals((await work({ path, entries: true })).entries, [["a", 1], ["b", 2]]);
   });
 
-  test("go on in memory when the lock is never released, without calling the file damaged", async () => {
-    using folder = temporaryFolder();
-    const path = folder.file("configs.kv");
-    await work({ path, put: [["a", 1]] });
-    const holder = await holdLock(path);
-    const events: CacheEvent[] = [];
-    const cache = new PersistentCache("worker", { path, patience: 200, onEvent: (event) => void events.push(event) });
-    await cache.put(sampleKey("b"), sampleRecord(2));
-    assertEquals((await cache.get(sampleKey("b")))?.cfg, { block: 2 });
-    assertEquals((await cache.health()).state, "locked");
-    assertEquals(events.map(({ code }) => code), ["locked"]);
-    assertStringIncludes(events[0]!.message, "Another process holds it");
-    await holder.release();
-    assertEquals(readdirSync(folder.path).filter((name) => name.includes("damaged")), []);
-    const { got, health } = await work({ path, get: ["a"], health: true });
-    assertEquals([got.a, health?.state], [1, "ok"]);
-  });
+  test(
+    "go on in memory when the lock is never released, without calling the file damaged",
+    { skip: noLockHolder },
+    async () => {
+      using folder = temporaryFolder();
+      const path = folder.file("configs.kv");
+      await work({ path, put: [["a", 1]] });
+      const holder = await holdLock(path);
+      const events: CacheEvent[] = [];
+      const cache = new PersistentCache("worker", { path, patience: 200, onEvent: (event) => void events.push(event) });
+      await cache.put(sampleKey("b"), sampleRecord(2));
+      assertEquals((await cache.get(sampleKey("b")))?.cfg, { block: 2 });
+      assertEquals((await cache.health()).state, "locked");
+      assertEquals(events.map(({ code }) => code), ["locked"]);
+      assertStringIncludes(events[0]!.message, "Another process holds it");
+      await holder.release();
+      assertEquals(readdirSync(folder.path).filter((name) => name.includes("damaged")), []);
+      const { got, health } = await work({ path, get: ["a"], health: true });
+      assertEquals([got.a, health?.state], [1, "ok"]);
+    },
+  );
 });
 
-describe("a process that never closes its cache", { skip }, () => {
-  test("ends by itself, and what it stored is there", async () => {
+describe("a process that never closes its cache", { skip: noFile }, () => {
+  test("ends by itself, and what it stored is there", { timeout }, async () => {
     using folder = temporaryFolder();
     const path = folder.file("configs.kv");
     assertEquals((await work({ path, put: [["a", 1]] })).events, []);
     assertEquals((await work({ path, get: ["a"] })).got, { a: 1 });
   });
 
-  test("leaves nothing open in the eyes of deno test", async () => {
+  test("leaves nothing open in the eyes of deno test", { timeout, skip: noDeno }, async () => {
     using folder = temporaryFolder();
-    const script = fileURLToPath(new URL("support/cache_sanitized.ts", import.meta.url));
+    const script = await scriptFor("deno", "cache_sanitized");
     const args = ["test", "--no-config", "--no-lock", "--no-check", "-A", KV, script];
     const { stdout } = await startProgram(process.execPath, args, { FLASH_MLA_CACHE: folder.file("a.kv") }).ended;
     assertStringIncludes(stdout, "1 passed");
@@ -111,48 +112,59 @@ describe("a process that never closes its cache", { skip }, () => {
   });
 });
 
-describe("where the file is", { skip }, () => {
+describe("where the file is", { skip: noFile }, () => {
   const conventional = process.platform === "darwin" ? ["Library", "Caches"] : [".cache"];
   const onWindows = process.platform === "win32" ? "looks at the places of Unix" : false;
   const task = { put: [["a", 1]] as const, health: true };
 
-  test("follows FLASH_MLA_CACHE, then XDG_CACHE_HOME, then HOME", { skip: onWindows }, async () => {
+  for (const runtime of runtimes) {
+    test(
+      `follows FLASH_MLA_CACHE, then XDG_CACHE_HOME, then HOME in ${runtime}`,
+      { timeout, skip: onWindows },
+      async () => {
+        using folder = temporaryFolder();
+        const HOME = folder.file("home");
+        const XDG_CACHE_HOME = folder.file("xdg");
+        const home = folder.file("home", ...conventional, "flash-mla", "configs.kv");
+        const cases: [Record<string, string>, string][] = [
+          [{ HOME }, home],
+          [{ HOME, XDG_CACHE_HOME: "relative", DENO_DIR: folder.file("deno") }, home],
+          [{ HOME, XDG_CACHE_HOME: "" }, home],
+          [{ HOME, XDG_CACHE_HOME }, folder.file("xdg", "flash-mla", "configs.kv")],
+          [{ HOME, XDG_CACHE_HOME, FLASH_MLA_CACHE: folder.file("own.kv") }, folder.file("own.kv")],
+          [{ HOME, XDG_CACHE_HOME, FLASH_MLA_CACHE: "" }, folder.file("xdg", "flash-mla", "configs.kv")],
+          [{ HOME, FLASH_MLA_CACHE: "memory" }, "memory"],
+          [{ HOME, FLASH_MLA_CACHE: " Off " }, "off"],
+        ];
+        for (const [env, location] of cases) {
+          const { health, events } = await work(task, { env, runtime });
+          assertEquals([health?.location, events], [location, []]);
+          assertEquals(existsSync(location), location.startsWith("/"));
+        }
+      },
+    );
+  }
+
+  test("is rather what the program says", { timeout }, async () => {
     using folder = temporaryFolder();
-    const HOME = folder.file("home");
-    const XDG_CACHE_HOME = folder.file("xdg");
-    const home = folder.file("home", ...conventional, "flash-mla", "configs.kv");
-    const cases: [Record<string, string>, string][] = [
-      [{ HOME }, home],
-      [{ HOME, XDG_CACHE_HOME: "relative", DENO_DIR: folder.file("deno") }, home],
-      [{ HOME, XDG_CACHE_HOME: "" }, home],
-      [{ HOME, XDG_CACHE_HOME }, folder.file("xdg", "flash-mla", "configs.kv")],
-      [{ HOME, XDG_CACHE_HOME, FLASH_MLA_CACHE: folder.file("own.kv") }, folder.file("own.kv")],
-      [{ HOME, XDG_CACHE_HOME, FLASH_MLA_CACHE: "" }, folder.file("xdg", "flash-mla", "configs.kv")],
-      [{ HOME, FLASH_MLA_CACHE: "memory" }, "memory"],
-      [{ HOME, FLASH_MLA_CACHE: "off" }, "off"],
-    ];
-    for (const [env, location] of cases) {
-      const { health, events } = await work(task, { env });
-      assertEquals(health?.location, location);
-      assertEquals(existsSync(location), location.startsWith("/"));
-      assertEquals(events, []);
-    }
     const env = { FLASH_MLA_CACHE: "off" };
     assertEquals((await work({ ...task, path: folder.file("option.kv") }, { env })).health?.state, "ok");
   });
 
-  test("is nowhere without HOME, which is said once", { skip: onWindows }, async () => {
-    const { health, events } = await work({ ...task, get: ["a", "b"] });
-    assertEquals(health?.state, "memory");
-    assertEquals(events.map(({ code }) => code), ["no-directory"]);
-    assertStringIncludes(events[0]!.message, "set FLASH_MLA_CACHE to a path");
+  test("is nowhere without HOME, which is said once", { timeout, skip: onWindows }, async () => {
+    for (const runtime of runtimes) {
+      const { health, events } = await work({ ...task, get: ["a", "b"] }, { runtime });
+      assertEquals(health?.state, "memory");
+      assertEquals(events.map(({ code }) => code), ["no-directory"]);
+      assertStringIncludes(events[0]!.message, "set FLASH_MLA_CACHE to a path");
+    }
   });
 });
 
-describe("a process that may not use the file", { skip }, () => {
+describe("a process that may not use the file", { skip: noDeno }, () => {
   const task = { put: [["a", 1]] as const, get: ["a", "b"], entries: true, health: true };
 
-  test("goes on in memory and says once which permission or flag it lacks", async () => {
+  test("goes on in memory and says once which permission or flag it lacks", { timeout }, async () => {
     using folder = temporaryFolder();
     const path = folder.file("cache", "configs.kv");
     const env = { FLASH_MLA_CACHE: path };
@@ -173,7 +185,7 @@ describe("a process that may not use the file", { skip }, () => {
     assertFalse(existsSync(folder.file("cache")));
   });
 
-  test("is content with permission for the file alone", async () => {
+  test("is content with permission for the file alone", { timeout }, async () => {
     using folder = temporaryFolder();
     const path = folder.file("configs.kv");
     const flags = [KV, `--allow-read=${path}`, `--allow-write=${path}`];
@@ -187,16 +199,16 @@ describe("a process that may not use the file", { skip }, () => {
     assertMatch(damaged.events[0]!.message, /cannot be moved aside: no permission .* Delete the file/);
   });
 
-  test("warns on the console, once, when nobody listens", async () => {
+  test("warns on the console, once, when nobody listens", { timeout }, async () => {
     const { stderr } = await work({ ...task, silent: true }, { flags: [KV, NONE] });
     assertEquals(stderr.match(/kept in memory only/g)?.length, 1);
   });
 
-  const noTerminal = process.platform === "linux" && isInstalled("script") ? false : "needs util-linux script";
-  test("is never asked for permission on a terminal", { skip: noTerminal }, async () => {
+  const noTerminal = process.platform === "linux" && isOnPath("script") ? false : "needs util-linux script";
+  test("is never asked for permission on a terminal", { timeout, skip: noTerminal }, async () => {
     using folder = temporaryFolder();
     for (const flags of [[KV], [KV, "--allow-env"], [KV, "--allow-env", "--allow-read"]]) {
-      const worker = fileURLToPath(new URL("support/cache_worker.ts", import.meta.url));
+      const worker = await scriptFor("deno", "cache_worker");
       const words = [process.execPath, "run", "--no-config", "--no-lock", ...flags, worker, JSON.stringify(task)];
       const command = words.map((word) => `'${word}'`).join(" ");
       // A prompt would wait for an answer until the time is up.
@@ -208,12 +220,12 @@ describe("a process that may not use the file", { skip }, () => {
   });
 });
 
-describe("a process on a file system that refuses", { skip }, () => {
+describe("a process on a file system that refuses", { skip: noFile }, () => {
   const before = withoutOverride();
   const noModes = before === null ? "needs file modes that bind this user" : false;
   const task = { put: [["a", 2], ["b", 3]] as const, get: ["a", "b"], entries: true, health: true };
 
-  test("goes on in memory when the directory is read-only", { skip: noModes }, async () => {
+  test("goes on in memory when the directory is read-only", { timeout, skip: noModes }, async () => {
     using folder = temporaryFolder();
     const path = folder.file("sub", "configs.kv");
     for (const exists of [false, true]) {
@@ -230,7 +242,7 @@ describe("a process on a file system that refuses", { skip }, () => {
     assertEquals((await work({ path, entries: true })).entries, [["a", 1]]);
   });
 
-  test("reads a read-only file and keeps the rest in memory", { skip: noModes }, async () => {
+  test("reads a read-only file and keeps the rest in memory", { timeout, skip: noModes }, async () => {
     using folder = temporaryFolder();
     const path = folder.file("configs.kv");
     await work({ path, put: [["a", 1]] });
@@ -245,7 +257,7 @@ describe("a process on a file system that refuses", { skip }, () => {
 
   // With the signal ignored, a write past the limit fails as one to a full disk does: in the middle of a transaction.
   const noLimit = process.platform === "win32" ? "needs ulimit" : false;
-  test("loses nothing that was stored before the disk was full", { skip: noLimit }, async () => {
+  test("loses nothing that was stored before the disk was full", { timeout, skip: noLimit }, async () => {
     using folder = temporaryFolder();
     const path = folder.file("configs.kv");
     const put = range(300).map((i): [string, number] => [`${i}`, i]);

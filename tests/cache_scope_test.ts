@@ -2,6 +2,7 @@ import { describe, test } from "node:test";
 import { assertEquals, assertRejects, assertThrows } from "@std/assert";
 import fc from "fast-check";
 import { Scope } from "../src/cache/scope.ts";
+import { closedGate } from "./support/cache_gate.ts";
 
 const innermost = <T>(scope: Scope<T>): T | undefined => scope.find((value) => value);
 const visible = <T>(scope: Scope<T>): T[] => {
@@ -56,7 +57,7 @@ for (const kind of ["asynchronous", "stack"] as const) {
 
     test("run() lasts until the promise has settled, and no longer", async () => {
       const scope = make<number>();
-      const stray = Promise.withResolvers<void>();
+      const stray = closedGate();
       let strayRead: Promise<number | undefined> | undefined;
       const result = await scope.run(1, async () => {
         strayRead = stray.promise.then(() => innermost(scope));
@@ -73,7 +74,7 @@ for (const kind of ["asynchronous", "stack"] as const) {
 
     test("enter() is over for everyone once disposed, when it leaked into the caller", async () => {
       const scope = make<number>();
-      const gate = Promise.withResolvers<void>();
+      const gate = closedGate();
       const inner = async (): Promise<number | undefined> => {
         using _ = scope.enter(1);
         await gate.promise;
@@ -102,7 +103,7 @@ for (const kind of ["asynchronous", "stack"] as const) {
 
     test("two blocks that overlap and end in the order they began see no ended one", async () => {
       const scope = make<number>();
-      const gates = [Promise.withResolvers<void>(), Promise.withResolvers<void>()] as const;
+      const gates = [closedGate(), closedGate()] as const;
       const block = async (value: number): Promise<number[]> => {
         using _ = scope.enter(value);
         await gates[value]!.promise;
@@ -121,7 +122,7 @@ describe("Scope (asynchronous)", () => {
   test("run() keeps overlapping calls apart, in whichever order they go on", async () => {
     const scope = new Scope<number>();
     await fc.assert(fc.asyncProperty(fc.shuffledSubarray([0, 1, 2, 3, 4], { minLength: 5 }), async (order) => {
-      const gates = order.map(() => Promise.withResolvers<void>());
+      const gates = order.map(() => closedGate());
       const calls = gates.map((gate, value) =>
         scope.run(value, async () => {
           await gate.promise;
@@ -138,7 +139,7 @@ describe("Scope (asynchronous)", () => {
 
   test("enter() after an await stays inside the function", async () => {
     const scope = new Scope<number>();
-    const gate = Promise.withResolvers<void>();
+    const gate = closedGate();
     const inner = async (): Promise<number | undefined> => {
       await Promise.resolve();
       using _ = scope.enter(1);

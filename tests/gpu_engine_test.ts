@@ -72,6 +72,15 @@ describe("openDevice()", { skip }, () => {
     },
   );
 
+  test("keeps Dawn's entry points alive, one for all devices of a kind", async () => {
+    const kept = () => (globalThis as { [key: symbol]: unknown })[Symbol.for("flash-mla.dawn")] as Map<string, GPU>;
+    (await openDevice({ engine: "dawn" })).destroy();
+    const { size } = kept();
+    assert(size > 0);
+    (await openDevice({ engine: "dawn" })).destroy();
+    assertEquals(kept().size, size);
+  });
+
   test("refuses a feature that the adapter lacks, by name", async () => {
     const error = await assertRejects(
       () => openDevice({ features: ["shader-f16", "time-travel"] }),
@@ -128,6 +137,14 @@ describe("a caller's device", { skip }, () => {
     const [first, second] = await Promise.all([gpuContext(device), gpuContext(device)]);
     assertStrictEquals(first, second);
     device.destroy();
+  });
+
+  test("that is lost while it is probed is refused as lost", async () => {
+    const device = await (await (await findGpu()).requestAdapter())!.requestDevice();
+    const context = gpuContext(device);
+    device.destroy();
+    const error = await assertRejects(() => context, FlashMLAError, "was lost");
+    assertEquals(error.code, "device");
   });
 
   test("is refused when it is none", async () => {

@@ -8,10 +8,9 @@
 # It does nothing where a driver is chosen already (VK_DRIVER_FILES, VK_ICD_FILENAMES), where there is a GPU with a
 # Vulkan driver, outside Linux, and with FLASH_MLA_SOFTWARE_VULKAN=off. Where something is missing, it says so in a line.
 #
-# Debian's packages are unpacked into .vulkan/ of this project (delete it to update). The system stays as it is: apt gets
-# state, cache and sources of its own there. Bookworm's Mesa (22.3) is refused by Dawn, hence bookworm-backports (25.0);
-# other releases of Debian and Ubuntu give the Mesa of their own. Deno gets DENO_WEBGPU_BACKEND=vulkan, because it would
-# fall back to GL without a word.
+# Debian's packages are unpacked into .vulkan/ of this project (delete it to update); see debian_packages.sh. Bookworm's
+# Mesa (22.3) is refused by Dawn, hence bookworm-backports (25.0); other releases of Debian and Ubuntu give the Mesa of
+# their own. Deno gets DENO_WEBGPU_BACKEND=vulkan, because it would fall back to GL without a word.
 
 # The work is done by a child, which prints the exports: no option or trap of the sourcing shell matters or changes.
 if (return 0 2>/dev/null); then
@@ -59,59 +58,20 @@ describe() {
 
 is_ready() { [ -f "$icd" ] && loads && { grep -qF "\"$lib/" "$icd" || describe "$icd"; }; } # describe: the project moved
 
-aptget() { apt-get -c "$work/apt.conf" "$@" 2>>"$work/log"; }
-
-# Writes an apt.conf and a sources.list of our own, and sets mesa to the package to ask for.
-configure_apt() {
-  local id codename sources keyring
-  # shellcheck source=/dev/null
-  read -r id codename < <(. /etc/os-release && echo "${ID:-} ${UBUNTU_CODENAME:-${VERSION_CODENAME:-}}") || true
-  # shellcheck disable=SC2016 # apt fills these in: it knows all the ways in which sources can be written down
-  sources=$(apt-get indextargets --no-release-info --format '$(REPO_URI) $(RELEASE) $(COMPONENT)' \
-    'Created-By: Packages' | awk -v suite="$codename" '$2 == suite || $2 == suite "-updates"' | sort -u) || true
-  [ -n "$sources" ] || fail "no GPU, and apt has no source for '$codename' to take lavapipe from"
-  mesa='mesa-vulkan-drivers'
-  if [ "$codename" = bookworm ]; then
-    mesa+=/bookworm-backports
-    sources+=$'\n'$(awk '$2 == "bookworm" && $3 == "main" { print $1, "bookworm-backports main"; exit }' <<<"$sources")
-  fi
-  keyring=/usr/share/keyrings/$id-archive-keyring.gpg
-  [ -r "$keyring" ] && keyring=" signed-by=$keyring" || keyring=
-  awk -v options="target=Packages arch=$(dpkg --print-architecture)$keyring" '{ print "deb [" options "]", $0 }' \
-    <<<"$sources" >"$work/sources.list"
-  # apt reads this after the machine's own settings: its proxy stays, its hooks go
-  cat >"$work/apt.conf" <<END
-#clear APT::Update;
-Dir::State "$work/state"; Dir::Cache "$work/cache"; Dir::Etc::sourcelist "$work/sources.list";
-Dir::Etc::sourceparts "/dev/null"; Dir::Etc::preferences "/dev/null"; Dir::Etc::preferencesparts "/dev/null";
-APT::Default-Release ""; APT::Sandbox::User "root"; APT::Update::Error-Mode "any"; Debug::NoLocking "true";
-Acquire::Languages "none"; Acquire::Retries "1"; Acquire::http::Timeout "15"; Acquire::https::Timeout "15";
-END
-}
-
 unpack() {
-  local mesa packages count bytes package folders path
+  local mesa=mesa-vulkan-drivers suites=-updates folders path
   [ ! -e "$icd" ] || say 'the lavapipe unpacked before does not load here: fetching it again'
-  mkdir -p "$work"/{state/lists/partial,cache/archives/partial,debs} && cd "$work/debs"
-  configure_apt
+  read_release
+  if [ "$codename" = bookworm ]; then suites+=' -backports' mesa+=/bookworm-backports; fi
+  # shellcheck disable=SC2086 # a list
+  begin lavapipe $suites
   say 'no GPU: reading package lists, to fetch lavapipe (about 10 MB, once)'
-  aptget update >>"$work/log" || fail "cannot read the package lists (no network?), see $work/log"
-  # what an installation would bring is what this machine lacks; a C library next to the system's would crash programs
-  packages=$(aptget install --simulate --reinstall --no-install-recommends "$mesa" |
-    sed -nE '/^Inst libc6/d; s/^Inst (\S+) (\[\S+\] )?\((\S+) .*/\1=\3/p') ||
-    fail "apt cannot resolve $mesa, see $work/log"
-  read -ra packages <<<"${packages//$'\n'/ }"
-  read -r count bytes < <(aptget download --print-uris "${packages[@]}" | awk '{ sum += $3 } END { print NR, sum + 0 }')
-  [ "$count" -eq 0 ] || say "downloading $count packages (about $(((bytes + 999999) / 1000000)) MB)"
-  aptget download "${packages[@]}" >>"$work/log" || fail "the download failed (the next run resumes it), see $work/log"
+  unpack_packages "$mesa"
 
   # Kept are lavapipe, the loader, and what these load of the packages; other vendors' drivers are not.
-  rm -rf "$work/root" "$home/lavapipe" && mkdir -p "$lib"
-  for package in "${packages[@]/:/%3a}"; do # apt's name for an epoch's colon
-    dpkg -x "${package/=/_}"_*.deb "$work/root" || fail "cannot unpack $package"
-  done
+  rm -rf "$home/lavapipe" && mkdir -p "$lib"
   find "$work/root" \( -name libvulkan_lvp.so -o -name libvulkan.so.1 \) -exec cp -L {} "$lib" \;
-  folders=$(find "$work/root" -name '*.so*' -printf '%h\n' | sort -u | paste -sd:)
+  folders=$(library_folders "$work/root")
   resolve "$folders" | sed -nE 's/.* => (.*) \(0x[0-9a-f]+\)$/\1/p' | while read -r path; do
     case $path in "$work/root"/*) cp -L "$path" "$lib" ;; esac
   done
@@ -131,17 +91,12 @@ unpack() {
 if has_gpu; then exit 0; fi
 
 project=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." >/dev/null && pwd)
-home=$project/.vulkan
-work=$home/work lib=$home/lavapipe/lib icd=$home/lavapipe/icd.json
+home=$project/.vulkan lacking='no GPU, and'
+lib=$home/lavapipe/lib icd=$home/lavapipe/icd.json
 if ! is_ready; then
-  for tool in apt-get dpkg ldd flock; do
-    command -v "$tool" >/dev/null || fail "no GPU, and no $tool to fetch Debian's lavapipe with"
-  done
-  [[ $project != *[:\"\\]* ]] || fail "no GPU, and lavapipe cannot lie under a path with a colon, quote or backslash"
-  (mkdir -p "$home/runtime" && chmod 700 "$home/runtime" && echo '*' >"$home/.gitignore" && : >>"$home/lock") \
-    2>/dev/null || fail "no GPU, and cannot write to $home"
-  exec 9>>"$home/lock"
-  flock -n 9 || { say 'another process is unpacking lavapipe: waiting'; flock 9; }
+  # shellcheck source=tools/debian_packages.sh
+  . "$project/tools/debian_packages.sh"
+  claim lavapipe
   is_ready || unpack
 fi
 printf 'export VK_DRIVER_FILES=%q LD_LIBRARY_PATH=%q XDG_RUNTIME_DIR=%q DENO_WEBGPU_BACKEND=vulkan\n' \

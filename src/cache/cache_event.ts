@@ -1,13 +1,13 @@
 /**
- * Why configurations are not kept in a file, or not this one:
+ * Why configurations are not kept in a file or a browser's database, or not this one:
  *
- * - `no-kv`: Deno runs without its key-value store.
+ * - `no-kv`: Deno runs without its key-value store, or npm's `@deno/kv` is not installed in Bun or Node.
  * - `no-directory`: nothing says where the user's caches are.
  * - `no-permission`: the file may not be read and written.
- * - `locked`: another process kept the file locked for too long.
+ * - `locked`: another process kept the file locked for too long, or another page the database.
  * - `damaged`: the file was no sound database; it was moved aside and replaced.
  * - `read-only`: the file can be read, but not written.
- * - `unavailable`: the file cannot be used for another reason, such as a full disk.
+ * - `unavailable`: the store cannot be used for another reason, such as a full disk.
  * - `not-storable`: the value is no JSON, or too large.
  */
 export type CacheEventCode =

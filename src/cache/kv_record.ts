@@ -2,9 +2,10 @@
 // Value: the record as JSON in UTF-8, so that stores that only know bytes can hold it and other runtimes read it.
 
 import { CACHE_SCHEMA, type CacheKey, type CacheRecord, type CandidateTiming } from "./cache_record.ts";
+import { packKey } from "./kv_key.ts";
 import type { KvKey } from "./kv_store.ts";
 
-/** The most bytes that Deno KV takes for a key, as it encodes it. */
+/** The most bytes that Deno KV takes for a key, as {@link packKey} encodes it. */
 export const MAX_KEY_BYTES = 2048;
 /** The most bytes that Deno KV takes for a value. */
 export const MAX_VALUE_BYTES = 65536;
@@ -29,8 +30,11 @@ export function kvPrefix(name: string): KvKey {
 export async function kvKey(name: string, key: CacheKey): Promise<KvKey> {
   const parts = [key.op, key.device, key.bucket, key.candidates];
   const whole = (): KvKey => [...kvPrefix(name), CACHE_SCHEMA, ...parts];
-  for (let hashed = 0; hashed < parts.length && keyBytes(whole()) > MAX_KEY_BYTES; hashed++) {
-    const longest = parts.reduce((best, part, i) => (partBytes(part) > partBytes(parts[best]!) ? i : best), 0);
+  for (let hashed = 0; hashed < parts.length && packKey(whole()).length > MAX_KEY_BYTES; hashed++) {
+    const longest = parts.reduce(
+      (best, part, i) => (packKey([part]).length > packKey([parts[best]!]).length ? i : best),
+      0,
+    );
     parts[longest] = await sha256(parts[longest]!);
   }
   return whole();
@@ -47,15 +51,6 @@ export function cacheKeyOf(key: KvKey): CacheKey | null {
   if (schema !== CACHE_SCHEMA || parts.length !== 4 || !parts.every((part) => typeof part === "string")) return null;
   const [op, device, bucket, candidates] = parts as [string, string, string, string];
   return { op, device, bucket, candidates };
-}
-
-/** Bytes of a key in Deno KV's encoding: a tag and an end for each string, NUL doubled; 9 for a number. */
-function keyBytes(key: KvKey): number {
-  return key.reduce<number>((sum, part) => sum + (typeof part === "number" ? 9 : partBytes(part)), 0);
-}
-
-function partBytes(part: string): number {
-  return new TextEncoder().encode(part).length + part.split("\0").length - 1 + 2;
 }
 
 async function sha256(text: string): Promise<string> {

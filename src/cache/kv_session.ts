@@ -8,14 +8,14 @@
 // at a file that was moved or deleted (where a set succeeds and is lost), and none trips the resource sanitizer of
 // `deno test`.
 
-import { holdingKvFile, makeDirectory, moveAside } from "./kv_file.ts";
+import { holdingKvFile, kvFileState, makeDirectory, moveAside } from "./kv_file.ts";
 import type { KvOpener, KvStore } from "./kv_store.ts";
 
 /** What can be wrong with a store, as far as it calls for different answers. */
 export type StoreFault = "locked" | "damaged" | "read-only" | "unavailable";
 
 /**
- * Reads SQLite's mind from an error: its messages are all that Deno KV passes on.
+ * Reads SQLite's mind from an error: its messages are all that Deno KV passes on. The IndexedDB store uses its words.
  *
  * @param error What a store threw.
  * @returns The kind of fault.
@@ -32,15 +32,16 @@ export function storeFault(error: unknown): StoreFault {
  * What a store says is wrong.
  *
  * @param error What it threw.
- * @returns The message.
+ * @returns The message, without the native stack trace that npm's `@deno/kv` writes below it.
  */
 export function reasonOf(error: unknown): string {
-  return error instanceof Error ? error.message : String(error);
+  const message = error instanceof Error ? error.message || error.name : String(error);
+  return message.split("\n")[0]!;
 }
 
 /** Where and how {@link withKvStore} works. */
 export interface KvSession {
-  /** The database file. */
+  /** The database file, or what else the opener takes. */
   readonly path: string;
   /** Opens it. */
   readonly open: KvOpener;
@@ -74,6 +75,8 @@ export async function withKvStore<T>(session: KvSession, work: (store: KvStore) 
 
 /** Works on the store; when it is damaged, moves it aside and works on a fresh one. */
 async function workOrReplace<T>(session: KvSession, work: (store: KvStore) => Promise<T>): Promise<T> {
+  // What is no file has no directory and no lock, and cannot be moved.
+  if (session.open.medium === "indexed-db") return await workOnce(session, work);
   await makeDirectory(session.path);
   try {
     return await holdingKvFile(session.path, "shared", () => workOnce(session, work));
@@ -81,12 +84,14 @@ async function workOrReplace<T>(session: KvSession, work: (store: KvStore) => Pr
     if (storeFault(error) !== "damaged") throw error;
   }
   return await holdingKvFile(session.path, "exclusive", async () => {
+    const seen = await kvFileState(session.path);
     try {
       // Another process may have replaced the file by now.
       return await workOnce(session, work);
     } catch (error) {
       if (storeFault(error) !== "damaged") throw error;
-      const aside = await moveAside(session.path).catch((obstacle: Error) => {
+      const aside = await moveAside(session.path, seen).catch((obstacle: Error) => {
+        if (storeFault(obstacle) === "locked") throw obstacle;
         throw new Error(`${reasonOf(error)}, and it cannot be moved aside: ${obstacle.message}`, { cause: error });
       });
       session.onMovedAside(aside, error);

@@ -1,5 +1,5 @@
 import { type CacheEvent, warnOnce } from "./cache_event.ts";
-import { CACHE_VARIABLE, type CacheLocation, locateCache } from "./cache_location.ts";
+import { CACHE_VARIABLE, type CacheLocation, locateCache, wantedCache } from "./cache_location.ts";
 import { type CacheKey, cacheKeyText, type CacheRecord } from "./cache_record.ts";
 import { ConfigCache, measuredConfig } from "./config_cache.ts";
 import { cacheKeyOf, decodeRecord, encodeRecord, kvKey, kvPrefix, MAX_VALUE_BYTES } from "./kv_record.ts";
@@ -8,11 +8,14 @@ import type { KvOpener, KvStore } from "./kv_store.ts";
 
 /** Where a persistent cache keeps its entries, and whom it tells when it cannot. */
 export interface PersistentCacheOptions {
-  /** A path, `memory` or `off`. Default: the variable `FLASH_MLA_CACHE`, else the user's cache directory. */
+  /**
+   * A path, `memory` or `off`; in browsers the name of an IndexedDB database. Default: the variable `FLASH_MLA_CACHE`,
+   * else a file in the user's cache directory; in browsers the database `flash-mla`.
+   */
   readonly path?: string;
   /** Told once of every thing that goes wrong. Default: a line on the console, once per process. */
   readonly onEvent?: (event: CacheEvent) => void;
-  /** Opens the store at a path. Default: Deno KV. */
+  /** Opens the store at a path. Default: Deno KV, in Bun and Node by npm's `@deno/kv`; IndexedDB in browsers. */
   readonly open?: KvOpener;
   /** How long to wait for other processes that hold the file, in milliseconds. Default: 2000. */
   readonly patience?: number;
@@ -20,13 +23,15 @@ export interface PersistentCacheOptions {
 
 /** How a persistent cache is doing. */
 export interface CacheHealth {
-  /** The file, or `memory` or `off`. */
+  /** The file, or such as `IndexedDB "flash-mla"`, or `memory` or `off`. */
   readonly location: string;
-  /** `ok` reads and writes; `memory` and `off` have no file; the others say what is wrong with it. */
+  /** `ok` reads and writes; `memory` and `off` have no store; the others say what is wrong with it. */
   readonly state: "ok" | "memory" | "off" | StoreFault;
   /** The state in a sentence. */
   readonly detail: string;
 }
+
+type StoreLocation = Extract<CacheLocation, { kind: "store" }>;
 
 // After waiting for a lock in vain, look-ups are answered from memory for this long rather than wait again each.
 const LOCKED_REST_MS = 10_000;
@@ -42,7 +47,7 @@ export class PersistentCache<Cfg> {
   readonly #kept = new ConfigCache<Cfg>();
   readonly #told = new Set<string>();
   readonly #pending = new Set<Promise<unknown>>();
-  #location: CacheLocation | undefined;
+  #location: Promise<CacheLocation> | undefined;
   #restUntil = 0;
 
   /**
@@ -62,13 +67,15 @@ export class PersistentCache<Cfg> {
    * @param key The key.
    * @returns The record, or undefined when there is none that can be read.
    */
-  async get(key: CacheKey): Promise<CacheRecord<Cfg> | undefined> {
-    const kept = this.#kept.get(key)?.record;
-    if (kept) return kept;
-    if (performance.now() < this.#restUntil) return undefined;
-    const id = await kvKey(this.#name, key);
-    const value = await this.#withStore((store) => store.get(id));
-    return value ? decodeRecord<Cfg>(value) : undefined;
+  get(key: CacheKey): Promise<CacheRecord<Cfg> | undefined> {
+    return this.#underWay(async () => {
+      const kept = this.#kept.get(key)?.record;
+      if (kept) return kept;
+      if (performance.now() < this.#restUntil) return undefined;
+      const id = await kvKey(this.#name, key);
+      const value = await this.#withStore((store) => store.get(id));
+      return value ? decodeRecord<Cfg>(value) : undefined;
+    });
   }
 
   /**
@@ -77,23 +84,26 @@ export class PersistentCache<Cfg> {
    * @param key The key.
    * @param record The record.
    */
-  async put(key: CacheKey, record: CacheRecord<Cfg>): Promise<void> {
-    if (this.#locate().kind === "off") return;
-    const entry = measuredConfig("autotune", record);
-    this.#kept.put(key, entry);
-    const value = encodeRecord(record);
-    if (value === null) {
-      const message = `The configuration for ${cacheKeyText(key)} is kept in memory only: as JSON it takes more than ` +
-        `${MAX_VALUE_BYTES} bytes, or it is no JSON. Use plain numbers, strings and booleans in configurations.`;
-      return this.#report({ code: "not-storable", message });
-    }
-    const id = await kvKey(this.#name, key);
-    const stored = await this.#withStore(async (store) => {
-      await store.set(id, value);
-      return true;
+  put(key: CacheKey, record: CacheRecord<Cfg>): Promise<void> {
+    return this.#underWay(async () => {
+      if (wantedCache(this.#options.path) === "off") return;
+      const entry = measuredConfig("autotune", record);
+      this.#kept.put(key, entry);
+      const value = encodeRecord(record);
+      if (value === null) {
+        const message =
+          `The configuration for ${cacheKeyText(key)} is kept in memory only: as JSON it takes more than ` +
+          `${MAX_VALUE_BYTES} bytes, or it is no JSON. Use plain numbers, strings and booleans in configurations.`;
+        return this.#report({ code: "not-storable", message });
+      }
+      const id = await kvKey(this.#name, key);
+      const stored = await this.#withStore(async (store) => {
+        await store.set(id, value);
+        return true;
+      });
+      // Unless a later put took its place meanwhile.
+      if (stored && this.#kept.get(key) === entry) this.#kept.delete(key);
     });
-    // Unless a later put took its place meanwhile.
-    if (stored && this.#kept.get(key) === entry) this.#kept.delete(key);
   }
 
   /**
@@ -101,25 +111,29 @@ export class PersistentCache<Cfg> {
    *
    * @returns Keys with their records. A key too long for the store has a hash in place of its long parts.
    */
-  async entries(): Promise<[CacheKey, CacheRecord<Cfg>][]> {
-    const stored = await this.#withStore((store) => store.list(kvPrefix(this.#name))) ?? [];
-    const found = new Map<string, [CacheKey, CacheRecord<Cfg>]>();
-    for (const { key: id, value } of stored) {
-      const key = cacheKeyOf(id);
-      const record = decodeRecord<Cfg>(value);
-      if (key !== null && record !== undefined) found.set(JSON.stringify(id), [key, record]);
-    }
-    for (const [key, { record }] of this.#kept.entries()) {
-      if (record !== null) found.set(JSON.stringify(await kvKey(this.#name, key)), [key, record]);
-    }
-    return [...found.values()];
+  entries(): Promise<[CacheKey, CacheRecord<Cfg>][]> {
+    return this.#underWay(async () => {
+      const stored = await this.#withStore((store) => store.list(kvPrefix(this.#name))) ?? [];
+      const found = new Map<string, [CacheKey, CacheRecord<Cfg>]>();
+      for (const { key: id, value } of stored) {
+        const key = cacheKeyOf(id);
+        const record = decodeRecord<Cfg>(value);
+        if (key !== null && record !== undefined) found.set(JSON.stringify(id), [key, record]);
+      }
+      for (const [key, { record }] of this.#kept.entries()) {
+        if (record !== null) found.set(JSON.stringify(await kvKey(this.#name, key)), [key, record]);
+      }
+      return [...found.values()];
+    });
   }
 
   /** Forgets everything under this cache's name, of every schema version. */
-  async clear(): Promise<void> {
-    this.#kept.clear();
-    await this.#withStore(async (store) => {
-      for (const { key } of await store.list(kvPrefix(this.#name))) await store.delete(key);
+  clear(): Promise<void> {
+    return this.#underWay(async () => {
+      this.#kept.clear();
+      await this.#withStore(async (store) => {
+        for (const { key } of await store.list(kvPrefix(this.#name))) await store.delete(key);
+      });
     });
   }
 
@@ -128,21 +142,27 @@ export class PersistentCache<Cfg> {
    *
    * @returns Where the entries are and whether they can be read and written.
    */
-  async health(): Promise<CacheHealth> {
-    const location = this.#locate();
-    if (location.kind === "off") return { location: "off", state: "off", detail: "Switched off." };
-    if (location.kind === "memory") return { location: "memory", state: "memory", detail: location.detail };
-    const probe = [...kvPrefix(this.#name), "health"];
-    try {
-      const count = await this.#session(location, async (store) => {
-        await store.set(probe, new Uint8Array([1]));
-        await store.delete(probe);
-        return (await store.list(kvPrefix(this.#name))).filter(({ key }) => cacheKeyOf(key) !== null).length;
-      });
-      return { location: location.path, state: "ok", detail: `Readable and writable; configurations held: ${count}.` };
-    } catch (error) {
-      return { location: location.path, state: storeFault(error), detail: adviceOn(error, location.path).message };
-    }
+  health(): Promise<CacheHealth> {
+    return this.#underWay(async () => {
+      const location = await this.#locate();
+      if (location.kind === "off") return { location: "off", state: "off", detail: "Switched off." };
+      if (location.kind === "memory") return { location: "memory", state: "memory", detail: location.detail };
+      const probe = [...kvPrefix(this.#name), "health"];
+      try {
+        const count = await this.#session(location, async (store) => {
+          await store.set(probe, new Uint8Array([1]));
+          await store.delete(probe);
+          return (await store.list(kvPrefix(this.#name))).filter(({ key }) => cacheKeyOf(key) !== null).length;
+        });
+        return {
+          location: location.label,
+          state: "ok",
+          detail: `Readable and writable; configurations held: ${count}.`,
+        };
+      } catch (error) {
+        return { location: location.label, state: storeFault(error), detail: adviceOn(error, location).message };
+      }
+    });
   }
 
   /** Waits for the calls under way. Between calls nothing is open, and the cache can be used again afterwards. */
@@ -155,24 +175,33 @@ export class PersistentCache<Cfg> {
     return this.close();
   }
 
+  /** Has {@link PersistentCache.close} wait for a call. */
+  #underWay<T>(call: () => Promise<T>): Promise<T> {
+    const promise = call();
+    const done = (): void => void this.#pending.delete(promise);
+    this.#pending.add(promise);
+    promise.then(done, done);
+    return promise;
+  }
+
   /** Does work on the store; undefined when there is none or it failed, which is reported. */
   async #withStore<T>(work: (store: KvStore) => Promise<T>): Promise<T | undefined> {
-    const location = this.#locate();
-    if (location.kind !== "file") return undefined;
+    const location = await this.#locate();
+    if (location.kind !== "store") return undefined;
     try {
       const result = await this.#session(location, work);
       this.#restUntil = 0;
       return result;
     } catch (error) {
-      const event = adviceOn(error, location.path);
+      const event = adviceOn(error, location);
       if (event.code === "locked") this.#restUntil = performance.now() + LOCKED_REST_MS;
       this.#report(event);
       return undefined;
     }
   }
 
-  async #session<T>(
-    { path, open }: CacheLocation & { kind: "file" },
+  #session<T>(
+    { path, open }: StoreLocation,
     work: (store: KvStore) => Promise<T>,
   ): Promise<T> {
     const onMovedAside = (aside: string, damage: unknown): void =>
@@ -182,21 +211,14 @@ export class PersistentCache<Cfg> {
           `fresh one begun: configurations are measured again when they are needed. The old file can be deleted.`,
         cause: damage,
       });
-    const done = withKvStore({ path, open, patience: this.#options.patience ?? 2000, onMovedAside }, work);
-    this.#pending.add(done);
-    try {
-      return await done;
-    } finally {
-      this.#pending.delete(done);
-    }
+    return withKvStore({ path, open, patience: this.#options.patience ?? 2000, onMovedAside }, work);
   }
 
-  #locate(): CacheLocation {
-    if (this.#location === undefined) {
-      this.#location = locateCache(this.#options.path, this.#options.open);
-      if (this.#location.kind === "memory" && this.#location.event !== null) this.#report(this.#location.event);
-    }
-    return this.#location;
+  #locate(): Promise<CacheLocation> {
+    return this.#location ??= locateCache(this.#options.path, this.#options.open).then((location) => {
+      if (location.kind === "memory" && location.event !== null) this.#report(location.event);
+      return location;
+    });
   }
 
   #report(event: CacheEvent): void {
@@ -213,17 +235,24 @@ export class PersistentCache<Cfg> {
   }
 }
 
+const FILE_ADVICE: Record<StoreFault, string> = {
+  locked: "Another process holds it. If this repeats, end that process",
+  damaged: "Delete the file",
+  "read-only": "Make the file and its directory writable",
+  unavailable: "Check that its directory exists, is writable and has space left",
+};
+
 /** What to tell the user about a store that failed. */
-function adviceOn(error: unknown, path: string): CacheEvent {
+function adviceOn(error: unknown, { open, label }: StoreLocation): CacheEvent {
   const code = storeFault(error);
-  const advice = {
-    locked: "Another process holds it. If this repeats, end that process",
-    damaged: "Delete the file",
-    "read-only": "Make the file and its directory writable",
-    unavailable: "Check that its directory exists, is writable and has space left",
-  }[code];
+  // A page has no environment.
+  const advice = open.medium !== "indexed-db"
+    ? `${FILE_ADVICE[code]}, or set ${CACHE_VARIABLE} to another path, to "memory" or to "off".`
+    : code === "locked"
+    ? "Close the other pages of this site, and load this one again."
+    : "Check that this page may store data, which private windows may not, and that there is space left.";
   const message =
-    `The configuration cache ${path} cannot be used: ${reasonOf(error)}. What is measured now is kept in ` +
-    `memory only. ${advice}, or set ${CACHE_VARIABLE} to another path, to "memory" or to "off".`;
+    `The configuration cache ${label} cannot be used: ${reasonOf(error)}. What is measured now is kept in ` +
+    `memory only. ${advice}`;
   return { code, message, cause: error };
 }

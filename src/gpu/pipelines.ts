@@ -42,10 +42,10 @@ export class PipelineCache {
 
   async #compile(label: string, code: string): Promise<GPUComputePipeline> {
     this.#device.pushErrorScope("validation");
-    const module = this.#device.createShaderModule({ label, code });
+    const module = this.#device.createShaderModule({ label: `flash-mla ${label}`, code });
     const scope = this.#device.popErrorScope();
     const compiled = this.#device.createComputePipelineAsync({
-      label,
+      label: `flash-mla ${label}`,
       layout: "auto",
       compute: { module, entryPoint: "main" },
     });

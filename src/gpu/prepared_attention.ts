@@ -1,5 +1,6 @@
 // One planned call on one device, bound to its memory: ready to be recorded, run, read back and timed.
 
+import { FlashMLAError } from "../op/errors.ts";
 import { halfBits, toFloats, writeFloats } from "../op/half.ts";
 import { type MlaProblem, outputShape } from "../op/mla_problem.ts";
 import { elementBytes, elementCount, type F16Tensor, type Tensor } from "../op/tensor.ts";
@@ -56,7 +57,9 @@ export class PreparedAttention {
     const dispatches = await unlessLost(
       context,
       () => checked(context, "bind the call's buffers", () => bindDispatches(context, compiled, call)),
-    );
+    ).catch((error) => {
+      throw foreignBuffer(error) ?? error;
+    });
     return new PreparedAttention(context, problem, compiled, call, dispatches);
   }
 
@@ -167,6 +170,17 @@ function writeStored(
   const bits = new Uint16Array(bytes, 0, elements);
   if (target.dtype === "f16") halfBits(target.data).set(bits, start);
   else target.data.set(toFloats({ data: bits, shape: [elements], dtype: "f16" }).data, start);
+}
+
+/** Sizes, offsets and usages were checked before: what cannot be bound is of another device, or destroyed. */
+function foreignBuffer(error: unknown): FlashMLAError | null {
+  if (!(error instanceof FlashMLAError) || !/match|associated/.test(error.message)) return null;
+  return new FlashMLAError(
+    "invalid-input",
+    "Cannot run MLA: a tensor's buffer is not of the device that runs the call; pass that device as options.device, or " +
+      `tensors that name it. ${error.message}`,
+    { cause: error },
+  );
 }
 
 function bindDispatches(context: GpuContext, compiled: CompiledPlan, call: ResidentCall): BoundDispatch[] {

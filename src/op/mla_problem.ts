@@ -1,6 +1,17 @@
 import { FlashMLAError } from "./errors.ts";
 import { toFloats } from "./half.ts";
-import { type AnyTensor, checkTensor, type DType, dtypeOf, type HostTensor, kindOf, type Tensor } from "./tensor.ts";
+import {
+  type AnyTensor,
+  checkTensor,
+  denseStrides,
+  type DType,
+  dtypeOf,
+  type HostTensor,
+  isGpuTensor,
+  kindOf,
+  overlaps,
+  type Tensor,
+} from "./tensor.ts";
 
 /**
  * The tensors of one call, each in its own element type and on the host or on a GPU. Axis names are those of the papers;
@@ -29,11 +40,11 @@ export interface MlaInputs<T extends AnyTensor = AnyTensor, Query extends AnyTen
 /** Inputs that all lie on the host in float32. */
 export type HostInputs = MlaInputs<Tensor>;
 
-/** The names of the tensors among the inputs. */
-export const tensorNames = ["query", "keyValue", "wKc", "wVc", "bQ", "bK"] as const;
-
 /** The name of a tensor among the inputs. */
-export type TensorName = typeof tensorNames[number];
+export type TensorName = "query" | "keyValue" | "wKc" | "wVc" | "bQ" | "bK";
+
+/** The names of the tensors among the inputs. */
+export const tensorNames: readonly TensorName[] = ["query", "keyValue", "wKc", "wVc", "bQ", "bK"];
 
 /** The options that change the result. */
 export interface MlaMathOptions {
@@ -102,6 +113,12 @@ export function mlaProblem(inputs: MlaInputs, options: MlaMathOptions = {}): Mla
   const [, kvHeads, qkNopeHeadDim] = wKc.shape;
   const vHeadDim = wVc.shape[2];
 
+  for (const [name, weight] of Object.entries({ wKc, wVc })) {
+    const { strides } = weight as { strides?: readonly number[] };
+    if (strides !== undefined && strides.join() !== denseStrides(weight.shape).join()) {
+      fail(`${name} has strides [${strides}], weights must be dense: [${denseStrides(weight.shape)}]`);
+    }
+  }
   const positive = { queryHeads, kvLoraRank, kvHeads, qkNopeHeadDim, vHeadDim };
   for (const [name, value] of Object.entries(positive)) {
     if (value < 1) fail(`${name} must be at least 1, got ${value}`);
@@ -215,6 +232,7 @@ export function checkOut(out: AnyTensor, problem: MlaProblem): void {
   const expected = outputShape(problem);
   if (out.shape.join() !== expected.join()) fail(`out has shape [${out.shape}], the result has [${expected}]`);
   if (dtypeOf(out) === "bf16") fail('out has dtype "bf16", expected "f32" or "f16"');
+  if (isGpuTensor(out) && overlaps(out)) fail(`out has strides [${out.strides}], which give two elements one place`);
 }
 
 /** The shape of the result, `[batch, queryLength, queryHeads, vHeadDim]`. */

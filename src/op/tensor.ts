@@ -194,7 +194,8 @@ function checkHostTensor({ data, shape, dtype }: HostTensor, fail: (why: string)
     case undefined:
     case "f32":
       if (!(data instanceof Float32Array)) {
-        const hint = data instanceof Uint16Array || isFloat16Array(data) ? '; give dtype "f16" or "bf16"' : "";
+        const given: unknown = data;
+        const hint = given instanceof Uint16Array || isFloat16Array(given) ? '; give dtype "f16" or "bf16"' : "";
         fail(`data must be a Float32Array, got ${kindOf(data)}${hint}`);
       }
       break;
@@ -254,6 +255,19 @@ function checkGpuTensor(value: GpuTensor, fail: (why: string) => never): void {
 export function spanElements({ shape, strides = denseStrides(shape) }: GpuTensor): number {
   if (elementCount(shape) === 0) return 0;
   return shape.reduce((span, axis, i) => span + (axis - 1) * strides[i], 1);
+}
+
+/** Whether two elements of a strided tensor may share a place: no axis may begin anew within what inner ones cover. */
+export function overlaps({ shape, strides = denseStrides(shape) }: GpuTensor): boolean {
+  if (elementCount(shape) === 0) return false;
+  const axes = shape.map((length, i) => ({ length, stride: strides[i] })).filter(({ length }) => length > 1)
+    .sort((a, b) => a.stride - b.stride);
+  let covered = 1;
+  for (const { length, stride } of axes) {
+    if (stride < covered) return true;
+    covered = stride * (length - 1) + covered;
+  }
+  return false;
 }
 
 function isFloat16Array(data: unknown): boolean {

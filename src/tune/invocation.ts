@@ -72,7 +72,10 @@ export class Invocation<Call> {
 
 const hashes = new Map<string, Promise<string>>();
 
-/** The first 16 hex digits of the SHA-256 of a JSON value, object keys sorted. Remembered, since calls repeat. */
+/**
+ * The first 16 hex digits of the SHA-256 of a JSON value, object keys sorted; of a simpler hash where there is no
+ * SubtleCrypto. Remembered, since calls repeat.
+ */
 export function hashJson(value: unknown): Promise<string> {
   const text = JSON.stringify(value, sortKeys);
   let hash = hashes.get(text);
@@ -84,8 +87,18 @@ export function hashJson(value: unknown): Promise<string> {
 }
 
 async function sha256Head(text: string): Promise<string> {
+  if (globalThis.crypto?.subtle === undefined) return fnv1a(text);
   const digest = await crypto.subtle.digest("SHA-256", new TextEncoder().encode(text));
   return Array.from(new Uint8Array(digest, 0, 8), (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+/** For pages from plain http, which have no SubtleCrypto; they have no WebGPU either, so nothing measured has such a key. */
+function fnv1a(text: string): string {
+  let hash = 0xcbf29ce484222325n;
+  for (const byte of new TextEncoder().encode(text)) {
+    hash = BigInt.asUintN(64, (hash ^ BigInt(byte)) * 0x100000001b3n);
+  }
+  return hash.toString(16).padStart(16, "0");
 }
 
 function sortKeys(_key: string, value: unknown): unknown {

@@ -1,5 +1,6 @@
 import type { CacheEvent } from "../../src/cache/cache_event.ts";
-import { detectKvStore, type KvOpener } from "../../src/cache/kv_store.ts";
+import { detectKvStore } from "../../src/cache/kv_detection.ts";
+import type { KvOpener } from "../../src/cache/kv_store.ts";
 import { PersistentCache, type PersistentCacheOptions } from "../../src/cache/persistent_cache.ts";
 import type { SampleConfig } from "./cache_sample.ts";
 
@@ -17,4 +18,9 @@ export function open(options: PersistentCacheOptions, name: string = "mla"): Hea
 }
 
 /** Deno KV, as the cache opens it. */
-export const openKv: KvOpener = (path) => detectKvStore().open!(path);
+export const openKv: KvOpener = async (path) => await (await detectKvStore()).open!(path);
+
+const detected = await detectKvStore();
+
+/** Why the cache has no file in this runtime, or false when it has. */
+export const noFile: string | false = detected.open === null ? detected.reason : false;

@@ -1,10 +1,10 @@
-// Runs cache_worker.ts and cache_lock_holder.ts as processes of their own.
+// Runs cache_worker.ts and cache_lock_holder.ts as processes of their own, in this runtime or in another one.
 
 import { spawn } from "node:child_process";
 import process from "node:process";
-import { fileURLToPath } from "node:url";
 import type { CacheEvent } from "../../src/cache/cache_event.ts";
 import type { CacheHealth } from "../../src/cache/persistent_cache.ts";
+import { noRuntime, programOf, type Runtime, runtime, scriptFor } from "./cache_runtime.ts";
 
 /** What a worker does, in this order: waits for the others, puts, gets, lists, looks at the health. */
 export interface WorkerTask {
@@ -29,18 +29,20 @@ export interface WorkerReport {
 
 /** How a worker is started. */
 export interface WorkerStart {
+  /** What runs it. Default: what runs the tests. */
+  readonly runtime?: Runtime;
   /** Deno's flags. Default: all permissions and the key-value store. */
   readonly flags?: readonly string[];
-  /** Its environment, in which only what Deno itself needs is set otherwise. */
+  /** Its environment, in which only what the runtime itself needs is set otherwise. */
   readonly env?: Record<string, string>;
   /** Words to put before the command, such as a program that drops capabilities. */
   readonly before?: readonly string[];
+  /** Runs a copy of the sources that finds no npm package. */
+  readonly withoutPackages?: boolean;
 }
 
-/** Whether the tests run in Deno; workers always do. */
-export const isDeno = "Deno" in globalThis;
-
-const TIMEOUT_MS = 60_000;
+/** What a test with processes may take, a busy machine included; Bun gives a test 5 seconds unless it asks for more. */
+export const TIMEOUT_MS = 60_000;
 
 /** A process under way. */
 export interface Running {
@@ -52,17 +54,20 @@ export interface Running {
   readonly ended: Promise<{ readonly stdout: string; readonly stderr: string }>;
 }
 
-export function startScript(name: string, args: readonly string[], start: WorkerStart = {}): Running {
-  const script = fileURLToPath(new URL(name, import.meta.url));
+async function startScript(name: string, args: readonly string[], start: WorkerStart = {}): Promise<Running> {
+  const kind = start.runtime ?? runtime;
+  const script = await scriptFor(kind, name, { withPackages: !start.withoutPackages });
   const flags = start.flags ?? ["-A", "--unstable-kv"];
-  const command = [...start.before ?? [], process.execPath, "run", "--quiet", "--no-config", "--no-lock"];
-  const [program, ...rest] = [...command, ...flags, script, ...args];
+  const deno = kind === "deno" ? ["run", "--quiet", "--no-config", "--no-lock", ...flags] : [];
+  const [program, ...rest] = [...start.before ?? [], programOf(kind)!, ...deno, script, ...args];
   return startProgram(program!, rest, start.env);
 }
 
 export function startProgram(program: string, args: readonly string[], env: Record<string, string> = {}): Running {
   const { PATH = "", DENO_DIR } = process.env;
   const base: Record<string, string> = { PATH, NO_COLOR: "1", DENO_NO_UPDATE_CHECK: "1" };
+  // Bun would keep a cache of its own in XDG_CACHE_HOME, even a relative one.
+  base.BUN_RUNTIME_TRANSPILER_CACHE_PATH = "0";
   if (DENO_DIR !== undefined) base.DENO_DIR = DENO_DIR;
   const child = spawn(program, args, {
     env: { ...base, ...env },
@@ -71,37 +76,48 @@ export function startProgram(program: string, args: readonly string[], env: Reco
   });
   let stdout = "";
   let stderr = "";
-  const ended = Promise.withResolvers<{ stdout: string; stderr: string }>();
-  const ready = Promise.withResolvers<void>();
-  child.stdout.on("data", (chunk) => (stdout += chunk, ready.resolve()));
-  child.stderr.on("data", (chunk) => stderr += chunk);
-  child.on("error", ended.reject);
-  child.on("close", (code, signal) => {
-    ready.resolve();
-    if (code === 0) ended.resolve({ stdout, stderr });
-    else ended.reject(new Error(`${program} ended with ${code ?? signal}:\n${stdout}${stderr}`));
+  const ready = new Promise<void>((resolve) => {
+    child.stdout.on("data", (chunk) => (stdout += chunk, resolve()));
+    child.on("close", () => resolve());
   });
-  return { ready: ready.promise, ended: ended.promise, go: () => void child.stdin.end("go\n") };
+  const ended = new Promise<{ stdout: string; stderr: string }>((resolve, reject) => {
+    child.stderr.on("data", (chunk) => stderr += chunk);
+    child.on("error", reject);
+    child.on("close", (code, signal) => {
+      if (code === 0) resolve({ stdout, stderr });
+      else reject(new Error(`${program} ended with ${code ?? signal}:\n${stdout}${stderr}`));
+    });
+  });
+  return { ready, ended, go: () => void child.stdin.end("go\n") };
 }
 
 /** Runs one worker to its end. */
 export async function work(task: WorkerTask, start: WorkerStart = {}): Promise<WorkerReport & { stderr: string }> {
-  const { stdout, stderr } = await startScript("cache_worker.ts", [JSON.stringify(task)], start).ended;
+  const { stdout, stderr } = await (await startScript("cache_worker", [JSON.stringify(task)], start)).ended;
   return { ...reportIn(stdout), stderr };
 }
 
-/** Runs workers side by side: none begins before all have started. */
-export async function workTogether(tasks: readonly WorkerTask[]): Promise<WorkerReport[]> {
-  const running = tasks.map((task) => startScript("cache_worker.ts", [JSON.stringify({ ...task, barrier: true })]));
+/** Runs workers side by side, the given runtimes taking turns: none begins before all have started. */
+export async function workTogether(
+  tasks: readonly WorkerTask[],
+  runtimes: readonly Runtime[] = [runtime],
+): Promise<WorkerReport[]> {
+  const running = await Promise.all(tasks.map((task, i) => {
+    const start = { runtime: runtimes[i % runtimes.length]! };
+    return startScript("cache_worker", [JSON.stringify({ ...task, barrier: true })], start);
+  }));
   const ended = Promise.all(running.map((worker) => worker.ended));
   await Promise.all(running.map((worker) => worker.ready));
   for (const worker of running) worker.go();
   return (await ended).map(({ stdout }) => reportIn(stdout));
 }
 
+/** Why no process can keep a file locked, or false: only Deno and Bun are sure to have node:sqlite. */
+export const noLockHolder: string | false = noRuntime("deno") && noRuntime("bun") ? "needs Deno or Bun" : false;
+
 /** A process that keeps a database file locked for writing until it is released. */
 export async function holdLock(path: string): Promise<{ release(): Promise<void> }> {
-  const holder = startScript("cache_lock_holder.ts", [path]);
+  const holder = await startScript("cache_lock_holder", [path], { runtime: noRuntime("deno") ? "bun" : "deno" });
   await Promise.race([holder.ready, holder.ended]);
   return {
     release: async () => {

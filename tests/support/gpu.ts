@@ -35,3 +35,9 @@ export const smallConfig: FlashMLAConfig = {
 export function attentionUnder(cfg: FlashMLAConfig): Attention {
   return (inputs, options) => mlaAttention(inputs, { ...options, platform: "webgpu", cfg });
 }
+
+/** A device of the test's own, with WebGPU's default limits and no features unless asked for. */
+export async function openTestDevice(descriptor: GPUDeviceDescriptor = {}): Promise<GPUDevice> {
+  const adapter = await navigator.gpu.requestAdapter();
+  return await adapter!.requestDevice(descriptor);
+}

@@ -78,7 +78,7 @@ export function batchedProblems(limits: Partial<ProblemLimits> = {}): fc.Arbitra
     keyLength: mostlyPositive(length),
     cuSeqlens: fc.constant(null),
     ...headArbitraries(rest),
-  }).map(dropUnusedRope);
+  }).map(finished);
 }
 
 /** Problems with packed sequences in batch 1, empty ones among them. */
@@ -89,7 +89,7 @@ export function packedProblems(limits: Partial<ProblemLimits> = {}): fc.Arbitrar
     const cuSeqlens = [0];
     for (const n of lengths) cuSeqlens.push(cuSeqlens[cuSeqlens.length - 1] + n);
     const total = cuSeqlens[cuSeqlens.length - 1];
-    return dropUnusedRope({ batch: 1, queryLength: total, keyLength: total, cuSeqlens, ...heads });
+    return finished({ batch: 1, queryLength: total, keyLength: total, cuSeqlens, ...heads });
   });
 }
 
@@ -166,10 +166,11 @@ function headArbitraries(limits: Omit<ProblemLimits, "batch" | "length" | "seque
   return {
     kvHeads: upTo(limits.kvHeads),
     headsPerKvHead: upTo(limits.headsPerKvHead),
-    kvLoraRank: upTo(limits.kvLoraRank),
-    qkNopeHeadDim: upTo(limits.qkNopeHeadDim),
-    qkRopeHeadDim: fc.nat(limits.qkRopeHeadDim),
-    vHeadDim: upTo(limits.vHeadDim),
+    widths: fc.oneof(
+      { weight: 4, arbitrary: widthArbitraries(limits, (width) => Math.ceil(width / 4) * 4) },
+      { weight: 4, arbitrary: widthArbitraries(limits, (width) => width - (width % 4 === 0 ? 1 : 0)) },
+      { weight: 1, arbitrary: widthArbitraries(limits, (width) => width) },
+    ),
     rope: fc.constantFrom<RopeMode>("none", "in_query", "shared"),
     causal: fc.boolean(),
     softmaxScale: fc.constantFrom(null, 0.5, 0.0625),
@@ -178,6 +179,26 @@ function headArbitraries(limits: Omit<ProblemLimits, "batch" | "length" | "seque
   };
 }
 
-function dropUnusedRope(shape: ProblemShape): ProblemShape {
-  return shape.rope === "none" ? { ...shape, qkRopeHeadDim: 0 } : shape;
+/**
+ * Widths of rows, all of them multiples of four, none of them, or as they come. Kernels differ in which of their arrays
+ * are read in quads: mixtures have to be among the problems, but each one costs a software adapter a compilation.
+ */
+function widthArbitraries(
+  limits: Omit<ProblemLimits, "batch" | "length" | "sequences">,
+  round: (width: number) => number,
+) {
+  const upTo = (max: number) => fc.integer({ min: 1, max }).map((width) => Math.max(1, round(width)));
+  return fc.record({
+    kvLoraRank: upTo(limits.kvLoraRank),
+    qkNopeHeadDim: upTo(limits.qkNopeHeadDim),
+    qkRopeHeadDim: fc.nat(limits.qkRopeHeadDim).map((width) => width === 0 ? 0 : round(width)),
+    vHeadDim: upTo(limits.vHeadDim),
+  });
 }
+
+function finished({ widths, ...shape }: Omit<ProblemShape, keyof Widths> & { widths: Widths }): ProblemShape {
+  const { rope } = shape;
+  return { ...shape, ...widths, ...(rope === "none" ? { qkRopeHeadDim: 0 } : {}) };
+}
+
+type Widths = Pick<ProblemShape, "kvLoraRank" | "qkNopeHeadDim" | "qkRopeHeadDim" | "vHeadDim">;
