@@ -8,11 +8,12 @@
 // The last line is "N passed, N failed": gates, documentation examples, and the tests of all rows together.
 
 import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync } from "node:fs";
+import { delimiter, dirname } from "node:path";
 import packageJson from "../package.json" with { type: "json" };
 import { type Ended, run, type RunOptions } from "./child_process.ts";
 import { type Outcome, readJUnit } from "./junit.ts";
 import { countRows, type RowCount, table } from "./test_matrix.ts";
-import { type Row, rows } from "./test_rows.ts";
+import { bunProgram, type Row, rows } from "./test_rows.ts";
 
 /** What a row has done, before it is compared with the others. */
 interface RowResult {
@@ -52,7 +53,7 @@ if (!quick) {
   await gate("package: deno publish --dry-run", deno("publish", "--dry-run", "--allow-dirty"), warning);
 }
 // What the tests tune is theirs: the file that the user's programs read stays as it is.
-const env = { ...quick ? {} : await softwareAdapter(), FLASH_MLA_CACHE: "memory" };
+const env = { ...quick ? {} : { ...await softwareAdapter(), PATH: await searchPath() }, FLASH_MLA_CACHE: "memory" };
 if (!quick) await examples();
 
 const results: RowResult[] = [];
@@ -207,6 +208,13 @@ async function softwareAdapter(): Promise<Record<string, string>> {
   const { stdout } = await bash.output().catch(() => ({ stdout: new Uint8Array() })); // there may be no bash
   const lines = new TextDecoder().decode(stdout).split("\0").filter((line) => line.includes("="));
   return Object.fromEntries(lines.map((line) => [line.slice(0, line.indexOf("=")), line.slice(line.indexOf("=") + 1)]));
+}
+
+/** Where tests that start other runtimes find them: Deno and Bun may have come from npm for this run. */
+async function searchPath(): Promise<string> {
+  const programs = [Deno.execPath(), await bunProgram()].filter((program) => typeof program === "string");
+  const folders = programs.map((program) => dirname(program)).filter((folder) => folder !== ".");
+  return [Deno.env.get("PATH") ?? "", ...folders].join(delimiter);
 }
 
 /** A path for a report; what an earlier run has left there is gone. */

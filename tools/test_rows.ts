@@ -45,16 +45,22 @@ function deno(): Promise<Runner> {
   });
 }
 
-/** Bun as installed, else as npm has it. */
+let foundBun: Promise<string | { readonly missing: string }> | undefined;
+
+/** The program of Bun: the one on the PATH, else the one that npm has. */
+export function bunProgram(): Promise<string | { readonly missing: string }> {
+  return foundBun ??= (async () => {
+    if ((await run("bun", ["--version"])).success) return "bun";
+    const package_ = `bun@${packageJson.devDependencies["@types/bun"]}`;
+    const { success, text, how } = await run("npx", ["-y", "-p", package_, "-c", "command -v bun"], { limit: 300 });
+    const program = text.match(/^\/.*bun$/m)?.[0]; // npx talks of itself, too
+    return success && program !== undefined ? program : { missing: `no bun on the PATH, and npx ${package_} ${how}` };
+  })();
+}
+
 async function bun(): Promise<Runner | string> {
-  const package_ = `bun@${packageJson.devDependencies["@types/bun"]}`;
-  const where = ["-e", "console.log(`bun=${process.execPath}`)"];
-  let found = await run("bun", where);
-  if (!found.success) found = await run("npx", ["-y", package_, ...where], { limit: 300 });
-  const command = found.text.match(/^bun=(.+)$/m)?.[1]; // npx talks of itself, too
-  if (!found.success || command === undefined) {
-    return `no bun on the PATH, and \`npx -y ${package_}\` ${found.how}`;
-  }
+  const command = await bunProgram();
+  if (typeof command !== "string") return command.missing;
   return {
     command,
     module: (path) => ["run", path],
