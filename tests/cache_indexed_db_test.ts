@@ -7,9 +7,12 @@ import { detectKvStore } from "../src/cache/kv_detection.ts";
 import { packKey } from "../src/cache/kv_key.ts";
 import type { KvKey } from "../src/cache/kv_store.ts";
 import { temporaryFolder } from "./support/cache_folder.ts";
-import { noFile, open, openKv } from "./support/cache_heard.ts";
+import { noFile, open as openAnywhere, openKv } from "./support/cache_heard.ts";
 import { TIMEOUT_MS } from "./support/cache_process.ts";
 import { sampleKey, sampleRecord } from "./support/cache_sample.ts";
+
+/** Opens the default database also where `FLASH_MLA_CACHE` says otherwise: an empty path is none, and goes first. */
+const open: typeof openAnywhere = (options, name) => openAnywhere({ path: "", ...options }, name);
 
 type Opening = ReturnType<IdbFactory["open"]>;
 

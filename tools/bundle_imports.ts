@@ -5,6 +5,6 @@
  * @returns Specifiers, such as `node:fs`.
  */
 export function imports(code: string): string[] {
-  const pattern = /\b(?:from|import)\s*\(?\s*["']([^"']+)["']/g;
+  const pattern = /\b(?:from|import)\s*\(?\s*["']([^"'$]+)["']/g; // no "$": an error message says from "${specifier}"
   return [...code.matchAll(pattern)].map(([, name]) => name);
 }

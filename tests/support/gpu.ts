@@ -1,6 +1,8 @@
 // The GPU under test, found once per test file. Tests skip statically, with the reason in their report.
 
+import "./dawn_polling.ts";
 import { type GpuContext, gpuContext } from "../../src/gpu/device.ts";
+import { findGpu } from "../../src/gpu/engine.ts";
 import { mlaAttention } from "../../mod.ts";
 import type { FlashMLAConfig } from "../../src/op/config.ts";
 import type { Attention } from "./attention_properties.ts";
@@ -38,6 +40,6 @@ export function attentionUnder(cfg: FlashMLAConfig): Attention {
 
 /** A device of the test's own, with WebGPU's default limits and no features unless asked for. */
 export async function openTestDevice(descriptor: GPUDeviceDescriptor = {}): Promise<GPUDevice> {
-  const adapter = await navigator.gpu.requestAdapter();
+  const adapter = await (await findGpu()).requestAdapter();
   return await adapter!.requestDevice(descriptor);
 }
