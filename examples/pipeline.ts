@@ -29,6 +29,8 @@ const device = await openDevice().catch((error: unknown) => {
   console.error(error.message);
   process.exit(1);
 });
+// Without this, a mistake in kernels of one's own is silent, and the results are zeros.
+device.onuncapturederror = ({ error }) => console.error(error.message);
 const { adapter, engine } = await deviceCapabilities(device);
 
 // Without measuring: a cache that grows past a power of two would be measured anew there.

@@ -122,15 +122,16 @@ export async function gpuPipeline(
       // One cache row is a token's latent row and its rope key: two views with the same strides.
       const strides = [room * (L + R), L + R, 1];
       const call = await encodeMlaAttention(encoder, {
-        query: { buffer: query, shape: [1, rows, heads, P + R], dtype: "f32", device },
-        keyValue: { buffer: cache, shape: [1, length, L], strides, dtype: "f32", device },
-        bK: { buffer: cache, shape: [1, length, R], strides, offset: L * 4, dtype: "f32", device },
+        query: { buffer: query, shape: [1, rows, heads, P + R], dtype: "f32" },
+        keyValue: { buffer: cache, shape: [1, length, L], strides, dtype: "f32" },
+        bK: { buffer: cache, shape: [1, length, R], strides, offset: L * 4, dtype: "f32" },
         wKc,
         wVc,
       }, {
-        causal: true,
+        device,
         executor,
-        out: { buffer: attended, shape: [1, rows, heads, V], dtype: "f32", device },
+        causal: true,
+        out: { buffer: attended, shape: [1, rows, heads, V], dtype: "f32" },
       });
       calls.push(call);
       encode(encoder, after, rows);
@@ -155,7 +156,7 @@ export async function gpuPipeline(
     for (let i = 0; i < steps; i++) await submitStep(1, promptTokens + i);
     await device.queue.onSubmittedWorkDone();
     const decoded = performance.now();
-    const result = await toHost({ buffer: output, shape: [room, width], dtype: "f32", device });
+    const result = await toHost({ buffer: output, shape: [room, width], dtype: "f32" }, device);
     return {
       output: result as Tensor,
       submissions: 1 + steps,
