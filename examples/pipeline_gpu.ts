@@ -59,13 +59,13 @@ export async function gpuPipeline(
   };
 
   // What the layers hand on to each other is there once: they run one after another.
-  const step = allocate(8, UNIFORM);
+  const tokensBefore = allocate(4, UNIFORM);
   const hidden = floats(promptTokens * width);
   const normed = floats(promptTokens * width);
   const query = floats(promptTokens * heads * (P + R));
   const attended = floats(promptTokens * heads * V);
   const output = floats(room * width);
-  const kernels = pipelineKernels(device, step);
+  const kernels = pipelineKernels(device, tokensBefore);
 
   const layers: GpuLayer[] = [];
   for (const { gain, wQ, wKvA, wKc, wVc, wO } of model.layers) {
@@ -140,7 +140,7 @@ export async function gpuPipeline(
     encoder.copyBufferToBuffer(normed, 0, output, position * width * 4, rows * width * 4);
     // Stands in for a token's embedding: the states that the token before it ended with.
     encoder.copyBufferToBuffer(normed, (rows - 1) * width * 4, hidden, 0, width * 4);
-    device.queue.writeBuffer(step, 0, Uint32Array.of(rows, position));
+    device.queue.writeBuffer(tokensBefore, 0, Uint32Array.of(position));
     device.queue.submit([encoder.finish()]);
     for (const call of calls) call.dispose();
   }

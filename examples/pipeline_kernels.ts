@@ -23,41 +23,31 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) la
   for (var i = lane; i < width; i += 64u) { result[start + i] = x[start + i] * factor * gain[i]; }
 }`;
 
-/** `x · weight`, in tiles of 16 × 16. */
+/** `x · weight`. One workgroup to 32 columns of a row; the inner axis is shared among 8, since decoding has one row. */
 const multiply = `
-struct Step {
-  rows: u32,      // tokens of this step
-  position: u32,  // tokens before it
-}
 @group(0) @binding(0) var<storage, read> x: array<f32>;       // [rows, inner]
 @group(0) @binding(1) var<storage, read> weight: array<f32>;  // [inner, columns]
 @group(0) @binding(2) var<storage, read_write> result: array<f32>;
-@group(0) @binding(3) var<uniform> step: Step;
+@group(0) @binding(3) var<uniform> position: u32;             // tokens before this step
 override inner: u32;
 override columns: u32;
-override append: bool = false;  // to a cache: the first row of the result is the step's position
+override append: bool = false;  // to a cache: the first row of the result is that of the position
 override add: bool = false;     // to a residual stream: to what the result holds already
-var<workgroup> left: array<array<f32, 16>, 16>;
-var<workgroup> right: array<array<f32, 16>, 16>;
+var<workgroup> partial: array<array<f32, 32>, 8>;
 
-@compute @workgroup_size(16, 16)
-fn main(@builtin(global_invocation_id) global: vec3u, @builtin(local_invocation_id) local: vec3u) {
-  let row = global.y;
-  let column = global.x;
+@compute @workgroup_size(32, 8)
+fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_id) local: vec3u) {
+  let row = group.y;
+  let column = group.x * 32u + local.x;
   var sum = 0.0;
-  for (var k = 0u; k < inner; k += 16u) {
-    left[local.y][local.x] = 0.0;
-    right[local.y][local.x] = 0.0;
-    if (row < step.rows && k + local.x < inner) { left[local.y][local.x] = x[row * inner + k + local.x]; }
-    if (k + local.y < inner && column < columns) {
-      right[local.y][local.x] = weight[(k + local.y) * columns + column];
-    }
-    workgroupBarrier();
-    for (var i = 0u; i < 16u; i++) { sum += left[local.y][i] * right[i][local.x]; }
-    workgroupBarrier();
+  if (column < columns) {
+    for (var k = local.y; k < inner; k += 8u) { sum += x[row * inner + k] * weight[k * columns + column]; }
   }
-  if (row >= step.rows || column >= columns) { return; }
-  let at = (row + select(0u, step.position, append)) * columns + column;
+  partial[local.y][local.x] = sum;
+  workgroupBarrier();
+  if (local.y > 0u || column >= columns) { return; }
+  for (var i = 1u; i < 8u; i++) { sum += partial[i][local.x]; }
+  let at = (row + select(0u, position, append)) * columns + column;
   if (add) { result[at] += sum; } else { result[at] = sum; }
 }`;
 
@@ -93,8 +83,8 @@ export interface PipelineKernels {
   product(options: ProductOptions, operands: Operands): BoundKernel;
 }
 
-/** Compiles the kernels for one device. `step` is a uniform buffer of two u32: the step's rows and position. */
-export function pipelineKernels(device: GPUDevice, step: GPUBuffer): PipelineKernels {
+/** Compiles the kernels for one device. `position` is a uniform buffer of one u32: the tokens before a step. */
+export function pipelineKernels(device: GPUDevice, position: GPUBuffer): PipelineKernels {
   const modules = [rmsNorm, multiply].map((code) => device.createShaderModule({ code }));
   const pipelines = new Map<string, GPUComputePipeline>();
   const bind = (
@@ -126,8 +116,8 @@ export function pipelineKernels(device: GPUDevice, step: GPUBuffer): PipelineKer
       bind(
         productModule,
         { inner, columns, append: Number(append), add: Number(add) },
-        [x, weight, result, step],
-        (rows) => [Math.ceil(columns / 16), Math.ceil(rows / 16)],
+        [x, weight, result, position],
+        (rows) => [Math.ceil(columns / 32), rows],
       ),
   };
 }
