@@ -3,7 +3,7 @@
 // arrays: on the reference, to check the result, and with only its attention on the GPU, to compare the times.
 //
 //   deno run -A examples/pipeline.ts      or bun, or node: those need `npm install webgpu`
-//     --large   DeepSeek-V2-Lite's sizes instead of small ones
+//     --large   DeepSeek-V2-Lite's sizes instead of small ones; minutes on a software adapter
 //     --json    the last line of stdout is one JSON object
 
 import process from "node:process";
