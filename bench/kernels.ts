@@ -2,6 +2,8 @@
 //
 //   deno task bench:kernels            a table
 //   deno task bench:kernels --json     and one JSON object in the last line
+//   deno task bench:kernels --f16      tensors of halves
+//   deno task bench:kernels --only="S 2048"   shapes whose name has these words
 //
 // FLOPs are those of the operation: 2·rows·L·heads·(P+V) for the expansion, 2·(P+R+V) per visible (query, key, head) for
 // the attention; work on masked or padded elements is not counted.
@@ -9,12 +11,14 @@
 import { flashMLA, type FlashMLAConfig, type MlaCall, type MlaInvocation } from "../mod.ts";
 import { type KernelName, PlanCache } from "../src/gpu/compiled_plan.ts";
 import { gpuContext } from "../src/gpu/device.ts";
-import { denseLayouts } from "../src/gpu/operand_layout.ts";
+import { operandLayouts } from "../src/gpu/operand_layout.ts";
 import { PreparedAttention } from "../src/gpu/prepared_attention.ts";
 import { ResidentCall } from "../src/gpu/resident_call.ts";
 import { clockProbe, timingMethod } from "../src/gpu/timing.ts";
 import { segments, visibleKeyEnd } from "../src/op/segments.ts";
-import type { MlaProblem } from "../src/op/mla_problem.ts";
+import { toHalves } from "../src/op/half.ts";
+import { mapTensors, type MlaProblem } from "../src/op/mla_problem.ts";
+import type { HostTensor, Tensor } from "../src/op/tensor.ts";
 import { Tuner } from "../src/tune/tuner.ts";
 import { attentionShapes, benchInputs, type BenchShape } from "./shapes.ts";
 
@@ -32,7 +36,11 @@ interface Row {
 const context = await gpuContext();
 const method = await timingMethod(context);
 const quick = context.capabilities.software;
-console.log(`${context.capabilities.adapter}, ${context.capabilities.engine}, timed by ${method}`);
+const half = Deno.args.includes("--f16");
+const only = Deno.args.find((argument) => argument.startsWith("--only="))?.slice("--only=".length) ?? "";
+console.log(
+  `${context.capabilities.adapter}, ${context.capabilities.engine}, ${half ? "f16" : "f32"}, timed by ${method}`,
+);
 const tuner = new Tuner({ totalBudgetMs: 20_000 });
 
 function visiblePairs(problem: MlaProblem): number {
@@ -78,13 +86,19 @@ async function measure(
 }
 
 async function row(shape: BenchShape): Promise<Row> {
-  const call: MlaCall = { inputs: benchInputs(shape), options: { causal: shape.causal, platform: "webgpu" } };
+  const floats = benchInputs(shape);
+  const inputs = half ? mapTensors<Tensor, HostTensor>(floats, toHalves) : floats;
+  const call: MlaCall = { inputs, options: { causal: shape.causal, platform: "webgpu" } };
   const invocation: MlaInvocation = await flashMLA.prepare(call);
   const { problem } = invocation;
   const { cfg } = await tuner.tune(flashMLA, invocation, flashMLA.candidateCfgs(invocation));
   context.pipelines.clear();
   const start = performance.now();
-  const { compiled, release } = await new PlanCache(context).borrow(problem, cfg, denseLayouts(problem));
+  const { compiled, release } = await new PlanCache(context).borrow(
+    problem,
+    cfg,
+    operandLayouts(problem, inputs, context.capabilities.f16, half ? "f16" : "f32"),
+  );
   const resident = await ResidentCall.create(context, problem, call, compiled.plan);
   const prepared = await PreparedAttention.create(context, problem, compiled, resident);
   await prepared.output();
@@ -107,7 +121,7 @@ async function row(shape: BenchShape): Promise<Row> {
 }
 
 const rows: Row[] = [];
-for (const shape of attentionShapes(quick)) rows.push(await row(shape));
+for (const shape of attentionShapes(quick).filter(({ name }) => name.includes(only))) rows.push(await row(shape));
 
 const digits = (value: number, n = 2) => value.toFixed(n).padStart(8);
 console.log(`${"shape".padEnd(44)} expand ms  TFLOP/s attend ms  TFLOP/s   spread  compile  config`);
@@ -116,12 +130,19 @@ for (const { shape, config, compileMs, expandMs, expandTflops, attendMs, attendT
   console.log(
     shape.padEnd(44) + digits(expandMs, 3) + digits(expandTflops) + digits(attendMs, 3) + digits(attendTflops) +
       digits(spread * 100, 1) + "%" + digits(compileMs / 1000) + "s  " +
-      `${blockQ}×${blockK} ${numWarps}w${rowsPerThread} ${numStages}×${blockDepth} p${probKeys} e${expandBlock}`,
+      `${blockQ}×${blockK} ${numWarps}w${rowsPerThread} ${numStages}×${blockDepth} p${probKeys} e${expandBlock}` +
+      `${config.subgroups ? " shuffled" : ""}`,
   );
 }
 console.log(`clock probe ${(await clockProbe(context))?.toFixed(4) ?? "none"} ms`);
 if (Deno.args.includes("--json")) {
   console.log(
-    JSON.stringify({ capabilities: context.capabilities, timing: method, date: new Date().toISOString(), rows }),
+    JSON.stringify({
+      capabilities: context.capabilities,
+      dtype: half ? "f16" : "f32",
+      timing: method,
+      date: new Date().toISOString(),
+      rows,
+    }),
   );
 }

@@ -1,6 +1,7 @@
 import { describe, test } from "node:test";
 import { assertEquals } from "@std/assert";
 import fc from "fast-check";
+import { whyInvalid } from "../src/gpu/kernels/attend.ts";
 import { mlaProblem } from "../src/op/mla_problem.ts";
 import { referenceMlaAttention } from "../src/reference/mla_attention.ts";
 import { agreesWith, attentionProperties } from "./support/attention_properties.ts";
@@ -14,6 +15,11 @@ const oracle = (...[inputs, options]: Parameters<ReturnType<typeof attentionUnde
 
 /** Two widths of values need two register tiles: keep both among the random problems. */
 const limits = { kvLoraRank: 24, qkNopeHeadDim: 20, qkRopeHeadDim: 12, vHeadDim: 40 };
+
+/** Why the small tile's rows cannot be reduced by shuffles here, or null. */
+const shuffles = skip === false
+  ? whyInvalid({ ...smallConfig, subgroups: true }, { vHeadDim: 40 }, (await testContext()).capabilities)
+  : skip;
 
 describe("mlaAttention() on the GPU", { skip }, () => {
   const attention = attentionUnder(smallConfig);
@@ -48,6 +54,17 @@ describe("mlaAttention() on the GPU", { skip }, () => {
         await testContext();
         await check(attention, { runs: 25, tolerance: 2e-5, absolute: 2e-6, limits });
       });
+    }
+  });
+
+  test("agrees with the oracle with row reductions by subgroup shuffles", {
+    skip: shuffles === null ? false : shuffles,
+  }, async () => {
+    await testContext();
+    const shuffling = attentionUnder({ ...smallConfig, subgroups: true });
+    await agreesWith(oracle)(shuffling, { runs: 60, tolerance: 1e-5, absolute: 1e-6, limits });
+    for (const { check } of attentionProperties.filter(({ name }) => /NaN|without|means/.test(name))) {
+      await check(shuffling, { runs: 15, tolerance: 2e-5, absolute: 2e-6, limits });
     }
   });
 

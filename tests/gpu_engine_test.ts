@@ -1,3 +1,4 @@
+import process from "node:process";
 import { describe, test } from "node:test";
 import { assert, assertEquals, assertRejects, assertStrictEquals } from "@std/assert";
 import { type DeviceOptions, FlashMLAError, mlaAttention, openDevice } from "../mod.ts";
@@ -231,5 +232,6 @@ describe("browserName()", () => {
 /** Dawn with flags of the test's own; its GPU objects stay alive, or the process crashes. */
 const kept: GPU[] = [];
 async function importDawn(): Promise<{ create(flags: string[]): GPU }> {
-  return await import(runtime.name === "Deno" ? "npm:webgpu@0.6.2" : "webgpu");
+  const named = process.env.FLASH_MLA_WEBGPU_MODULE;
+  return await import(named ?? (runtime.name === "Deno" ? "npm:webgpu@0.6.2" : "webgpu"));
 }

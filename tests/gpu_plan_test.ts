@@ -165,6 +165,8 @@ describe("whyInvalid()", () => {
       "maxComputeWorkgroupStorageSize = 16384",
     ],
     ["an expansion tile of its own", { expandBlock: 48 }, "expandBlock must be 32, 64 or 128"],
+    ["subgroups of a device that has none", { subgroups: true }, "subgroups is true, the device has none"],
+    ["no word on subgroups", { subgroups: undefined }, "subgroups must be true or false, got undefined"],
     ["probabilities of no slice", { probKeys: 3 }, "probKeys must be 1, 2 or a multiple of 4"],
   ];
   for (const [what, change, message] of wrong) {

@@ -1,5 +1,6 @@
 // What a device can do, as far as kernels and tuning care.
 
+import { adapterInfoOf } from "./adapter_info.ts";
 import type { ProbeFindings } from "./capability_probe.ts";
 import type { Engine } from "./engine.ts";
 
@@ -100,7 +101,7 @@ export interface Capabilities {
  */
 export function capabilitiesOf(device: GPUDevice, engine: Engine, findings: ProbeFindings): Capabilities {
   const limits = Object.fromEntries(limitNames.map((name) => [name, Number(device.limits[name])]));
-  const info = device.adapterInfo;
+  const info = adapterInfoOf(device);
   const subgroups = subgroupRange(info, findings.subgroupSizes);
   return {
     engine: engine.name,
@@ -141,8 +142,8 @@ function timestampQuality(ticks: readonly bigint[]): Capabilities["timestamps"] 
 
 function subgroupMatrices(device: GPUDevice): SubgroupMatrixConfig[] {
   if (!(device.features as ReadonlySet<string>).has("chromium-experimental-subgroup-matrix")) return [];
-  const info = device.adapterInfo as { readonly subgroupMatrixConfigs?: Iterable<SubgroupMatrixConfig> };
-  return [...info.subgroupMatrixConfigs ?? []].map(({ componentType, resultComponentType, M, N, K }) => (
+  const info = adapterInfoOf(device) as { readonly subgroupMatrixConfigs?: Iterable<SubgroupMatrixConfig> } | undefined;
+  return [...info?.subgroupMatrixConfigs ?? []].map(({ componentType, resultComponentType, M, N, K }) => (
     { componentType, resultComponentType, M, N, K }
   ));
 }
@@ -150,6 +151,8 @@ function subgroupMatrices(device: GPUDevice): SubgroupMatrixConfig[] {
 /** An adapter in the driver's words, as far as the engine passes them on. */
 export function adapterName(info: GPUAdapterInfo | undefined): string {
   const { vendor = "", architecture = "", device = "", description = "" } = info ?? {};
+  // Dawn describes the driver and names the card; Deno describes the card and gives it a number.
+  if (description !== "" && /[a-z]{3}/i.test(device)) return `${device} (${description})`;
   return description || [vendor, architecture, device].filter((part) => part !== "").join(" ") || "unnamed adapter";
 }
 

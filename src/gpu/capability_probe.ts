@@ -5,6 +5,7 @@
 //   what does not compile is left out; every result starts as zeros and is compared with numbers that are exact
 
 import { FlashMLAError } from "../op/errors.ts";
+import { settled } from "./settled.ts";
 import { BufferUsage } from "./buffers.ts";
 import type { Engine } from "./engine.ts";
 import {
@@ -77,7 +78,7 @@ async function compile(device: GPUDevice, kernel: ProbeKernel): Promise<Job | nu
   const scope = device.popErrorScope();
   const compute = { module, entryPoint: "main" };
   const made = device.createComputePipelineAsync({ label: "flash-mla probe", layout: "auto", compute });
-  const [error, pipeline] = await Promise.all([scope, made.catch(() => null)]);
+  const [error, pipeline] = await settled(device, Promise.all([scope, made.catch(() => null)]));
   return error === null && pipeline !== null ? { kernel, pipeline } : null;
 }
 
@@ -104,7 +105,7 @@ async function run(device: GPUDevice, jobs: readonly Job[]): Promise<ProbeResult
     if (error !== null) {
       throw new FlashMLAError("device", `The GPU device could not run its probe: ${error.message}`, { cause: error });
     }
-    await mapped;
+    await settled(device, mapped);
     const bytes = readback.getMappedRange().slice(0);
     readback.unmap();
 

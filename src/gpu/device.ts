@@ -2,6 +2,7 @@
 
 import { FlashMLAError } from "../op/errors.ts";
 import { kindOf } from "../op/tensor.ts";
+import { adapterInfoOf } from "./adapter_info.ts";
 import { BufferPool } from "./buffers.ts";
 import { probe } from "./capability_probe.ts";
 import { adapterName, type Capabilities, capabilitiesOf } from "./capabilities.ts";
@@ -165,7 +166,7 @@ async function adopt(device: GPUDevice): Promise<GpuContext> {
   device.lost.then((loss) => reason = loss.message || loss.reason || "unknown reason");
   // A loss that happened before we came is known only after the microtasks have run.
   await Promise.resolve();
-  const named = { device, lost, capabilities: { adapter: adapterName(device.adapterInfo) } };
+  const named = { device, lost, capabilities: { adapter: adapterName(adapterInfoOf(device)) } };
   const capabilities = await unlessLost(named, async () => {
     const engine = await engineOf(device);
     const findings = await probe(device, engine);

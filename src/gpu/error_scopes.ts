@@ -2,6 +2,7 @@
 
 import { FlashMLAError } from "../op/errors.ts";
 import type { GpuContext } from "./device.ts";
+import { settled } from "./settled.ts";
 
 /**
  * Does one step between error scopes and turns what they caught into an error of ours.
@@ -25,7 +26,7 @@ export async function checked<Result>(context: GpuContext, step: string, work: (
     scopes = [device.popErrorScope(), device.popErrorScope(), device.popErrorScope()];
     scopes.forEach((scope) => scope.catch(() => {}));
   }
-  const caught = (await Promise.all(scopes)).find((error) => error !== null);
+  const caught = (await settled(device, Promise.all(scopes))).find((error) => error !== null);
   if (caught) {
     // What lies idle may be what is missing, here or elsewhere.
     if (isOutOfMemory(caught)) {

@@ -19,6 +19,7 @@ import {
 import { BufferUsage } from "./buffers.ts";
 import { type GpuContext, gpuContext, unlessLost } from "./device.ts";
 import { checked } from "./error_scopes.ts";
+import { settled } from "./settled.ts";
 
 /** Allocates a dense tensor with arbitrary elements. */
 export function allocateTensor(
@@ -137,7 +138,7 @@ export async function toHost(tensor: GpuTensor, device?: GPUDevice): Promise<Ten
         encoder.copyBufferToBuffer(buffer, start, readback, 0, size);
         context.device.queue.submit([encoder.finish()]);
       });
-      await readback.mapAsync(1, 0, size);
+      await settled(context.device, readback.mapAsync(1, 0, size));
       const mapped = readback.getMappedRange(0, size);
       const first = (offset - start) / bytes;
       const read = dtype === "f16" ? new Uint16Array(mapped) : new Float32Array(mapped);

@@ -1,6 +1,7 @@
 // Compute pipelines, compiled once per WGSL text and device.
 
 import { FlashMLAError } from "../op/errors.ts";
+import { settled } from "./settled.ts";
 
 /** Compiles WGSL on one device and remembers the pipelines by their source. */
 export class PipelineCache {
@@ -49,10 +50,10 @@ export class PipelineCache {
       layout: "auto",
       compute: { module, entryPoint: "main" },
     });
-    const [error, outcome] = await Promise.all([
-      scope,
-      compiled.then((pipeline) => ({ pipeline }), (reason) => ({ reason })),
-    ]);
+    const [error, outcome] = await settled(
+      this.#device,
+      Promise.all([scope, compiled.then((pipeline) => ({ pipeline }), (reason) => ({ reason }))]),
+    );
     const messages = await compilationMessages(module);
     if (error !== null || "reason" in outcome) {
       const reason = error?.message ?? String("reason" in outcome ? outcome.reason : "");

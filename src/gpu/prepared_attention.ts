@@ -10,6 +10,7 @@ import { type GpuContext, unlessLost } from "./device.ts";
 import { checked } from "./error_scopes.ts";
 import type { StorageType } from "./operand_layout.ts";
 import type { ResidentCall } from "./resident_call.ts";
+import { settled } from "./settled.ts";
 import { timeOnGpu } from "./timing.ts";
 
 interface BoundDispatch extends Dispatch {
@@ -110,7 +111,7 @@ export class PreparedAttention {
           device.queue.submit([encoder.finish()]);
         });
         for (const { first, elements, bytes, buffer } of readbacks) {
-          await buffer.mapAsync(1, 0, bytes);
+          await settled(device, buffer.mapAsync(1, 0, bytes));
           writeStored(target, first, buffer.getMappedRange(0, bytes), elements, stored);
           buffer.unmap();
         }

@@ -2,6 +2,7 @@
 
 import { FlashMLAError } from "../op/errors.ts";
 import { kindOf } from "../op/tensor.ts";
+import { rememberAdapter } from "./adapter_info.ts";
 import { adapterName, limitNames } from "./capabilities.ts";
 import { adapterAdvice, type EngineName, findGpu, hiddenFeatures } from "./engine.ts";
 
@@ -50,12 +51,15 @@ export async function requestDevice(options: DeviceOptions): Promise<GPUDevice> 
       `Cannot use platform "webgpu": no adapter was found; ${adapterAdvice()}`,
     );
   };
-  const open = (from: GPUAdapter, names: Iterable<string>) =>
-    from.requestDevice({
+  const open = async (from: GPUAdapter, names: Iterable<string>) => {
+    const device = await from.requestDevice({
       label: "flash-mla",
       requiredFeatures: [...names] as GPUFeatureName[],
       requiredLimits: Object.fromEntries(limitNames.map((name) => [name, Number(from.limits[name])])),
     });
+    rememberAdapter(device, from.info);
+    return device;
+  };
 
   const first = await adapter();
   const listed: ReadonlySet<string> = first.features;

@@ -2,6 +2,7 @@
 
 import { BufferUsage } from "./buffers.ts";
 import type { GpuContext } from "./device.ts";
+import { settled } from "./settled.ts";
 
 /** Records one run; gives `timestampWrites` to the passes it is told to. */
 export type Recorder = (encoder: GPUCommandEncoder, timestampWrites?: GPUComputePassTimestampWrites) => void;
@@ -35,10 +36,10 @@ export async function timeOnGpu(context: GpuContext, record: Recorder, repeats: 
 async function timeByWall(context: GpuContext, record: Recorder, repeats: number): Promise<number> {
   const encoder = context.device.createCommandEncoder({ label: "flash-mla timing" });
   for (let i = 0; i < repeats; i++) record(encoder);
-  await context.device.queue.onSubmittedWorkDone();
+  await settled(context.device, context.device.queue.onSubmittedWorkDone());
   const start = performance.now();
   context.device.queue.submit([encoder.finish()]);
-  await context.device.queue.onSubmittedWorkDone();
+  await settled(context.device, context.device.queue.onSubmittedWorkDone());
   return performance.now() - start;
 }
 
@@ -58,7 +59,7 @@ async function timeByTimestamps(context: GpuContext, record: Recorder, repeats: 
     encoder.resolveQuerySet(querySet, 0, 2, resolved, 0);
     encoder.copyBufferToBuffer(resolved, 0, readback, 0, 16);
     device.queue.submit([encoder.finish()]);
-    await readback.mapAsync(1, 0, 16);
+    await settled(device, readback.mapAsync(1, 0, 16));
     const [begin, end] = new BigUint64Array(readback.getMappedRange(0, 16));
     readback.unmap();
     return Number(end - begin) / 1e6;

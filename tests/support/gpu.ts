@@ -1,6 +1,5 @@
 // The GPU under test, found once per test file. Tests skip statically, with the reason in their report.
 
-import "./dawn_polling.ts";
 import { type GpuContext, gpuContext } from "../../src/gpu/device.ts";
 import { findGpu } from "../../src/gpu/engine.ts";
 import { mlaAttention } from "../../mod.ts";
