@@ -67,7 +67,8 @@ function countRow({ outcomes, hidesSkippedGroups }: RowReport, known: Known): Ro
     const missing = expected - (own.get(name) ?? 0);
     if (missing <= 0) continue;
     const around = groupsAround(name);
-    const hidden = hidesSkippedGroups && (around.some((group) => !reported.has(group)) || !known.ran.has(name));
+    const hidden = hidesSkippedGroups && outcomes.length > 0 &&
+      (around.some((group) => !reported.has(group)) || !known.ran.has(name));
     if (hidden || around.some((group) => skipped.has(group))) count.skipped += missing;
     else count.lost.push(name);
   }
