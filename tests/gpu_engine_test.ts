@@ -208,7 +208,7 @@ describe("the environment", { skip }, () => {
   });
 
   test("names the runtime's own engine where there is none", { skip: runtime.name === "Deno" }, async () => {
-    await assertRejects(() => openDevice({ engine: "native" }), FlashMLAError, "add webgpu");
+    await assertRejects(() => openDevice({ engine: "native" }), FlashMLAError, "webgpu` and use engine");
   });
 });
 

@@ -26,7 +26,7 @@ interface RowResult {
   readonly faults: readonly string[];
 }
 
-/** A row that takes longer, in seconds, hangs: on 2 busy cores that had compiled no kernel yet, one took 682 s. */
+/** A row that takes longer, in seconds, hangs: on 2 busy cores that had compiled no kernel yet, one took 682. */
 const rowLimit = 1800;
 
 const reports = ".build/reports";
@@ -63,7 +63,9 @@ const matrix = summary();
 
 console.log(`\n── ${quick ? "summary" : "what ran where"} ──\n${matrix}\n`);
 if (quick) {
-  console.log("Left out: GPU tests, documentation and package gates, TypeScript's own compiler, Bun, Node, Dawn");
+  console.log(
+    "Left out: tests of GPU, browser and demo, other runtimes, TypeScript's own compiler, documentation, package",
+  );
   console.log("(deno task test).");
 }
 for (const name of failures) console.log(`FAILED: ${name}`);
@@ -162,11 +164,11 @@ function deno(...args: string[]): Promise<Ended> {
   return run(Deno.execPath(), args);
 }
 
-/** The test files to run: those that were asked for, else all, or in a quick run all that need no GPU and no browser. */
+/** The test files to run: those that were asked for, else all, or in a quick run all but those of GPU, browser and demo. */
 function testFiles(chosen: readonly string[]): string[] {
   if (chosen.length > 0) return [...chosen];
   const names = readdirSync("tests").filter((name) =>
-    name.endsWith("_test.ts") && !(quick && /^(gpu|browser)_/.test(name))
+    name.endsWith("_test.ts") && !(quick && /^(gpu|browser|demo)_/.test(name))
   );
   return names.sort().map((name) => `tests/${name}`);
 }

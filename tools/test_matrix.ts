@@ -47,6 +47,7 @@ function countRow({ outcomes, hidesSkippedGroups }: RowReport, known: Known): Ro
   const count: RowCount = { passed: 0, failed: 0, skipped: 0, failures: [], lost: [] };
   const failedInside = new Set<string>();
   for (const { name, state } of outcomes.filter(({ name }) => !known.groups.has(name))) {
+    if (isFile(name) && state !== "failed") continue;
     count[state]++;
     if (state !== "failed") continue;
     count.failures.push(name);
@@ -66,7 +67,8 @@ function countRow({ outcomes, hidesSkippedGroups }: RowReport, known: Known): Ro
     const missing = expected - (own.get(name) ?? 0);
     if (missing <= 0) continue;
     const around = groupsAround(name);
-    const hidden = hidesSkippedGroups && (around.some((group) => !reported.has(group)) || !known.ran.has(name));
+    const hidden = hidesSkippedGroups && outcomes.length > 0 &&
+      (around.some((group) => !reported.has(group)) || !known.ran.has(name));
     if (hidden || around.some((group) => skipped.has(group))) count.skipped += missing;
     else count.lost.push(name);
   }
@@ -76,8 +78,15 @@ function countRow({ outcomes, hidesSkippedGroups }: RowReport, known: Known): Ro
 /** How often each test's name occurs. */
 function tally(outcomes: readonly Outcome[], groups: ReadonlySet<string>): Map<string, number> {
   const counts = new Map<string, number>();
-  for (const { name } of outcomes) if (!groups.has(name)) counts.set(name, (counts.get(name) ?? 0) + 1);
+  for (const { name } of outcomes) {
+    if (!groups.has(name) && !isFile(name)) counts.set(name, (counts.get(name) ?? 0) + 1);
+  }
   return counts;
+}
+
+/** Whether a name is a file's: so Node reports one that crashed, or that has no test. */
+function isFile(name: string): boolean {
+  return /^([A-Za-z]:)?[\\/].*\.[jt]s$/.test(name);
 }
 
 /** The names of the groups around a test, outermost first. */
