@@ -24,7 +24,9 @@ export type {
   ResultLike,
   Tensor,
 } from "./src/op/tensor.ts";
-export { toGpu, toHost } from "./src/gpu/gpu_tensor.ts";
+export { toFloats, toHalves } from "./src/op/half.ts";
+export { emptyOnGpu, toGpu, toHost, viewOnGpu } from "./src/gpu/gpu_tensor.ts";
+export type { EmptyOptions, ViewOptions } from "./src/gpu/gpu_tensor.ts";
 export { mlaProblem } from "./src/op/mla_problem.ts";
 export type { HostInputs, MlaInputs, MlaMathOptions, MlaProblem, RopeMode, TensorName } from "./src/op/mla_problem.ts";
 export type { MlaEvent, MlaEventCode } from "./src/op/mla_event.ts";

@@ -1,14 +1,14 @@
 import { defaultExecutor, flashMLA, type MlaCallOptions, MlaInvocation } from "./flash_mla.ts";
 import { FlashMLAError } from "./op/errors.ts";
 import type { MlaInputs } from "./op/mla_problem.ts";
-import { type GpuTensor, isGpuTensor, kindOf } from "./op/tensor.ts";
+import { type GpuTensor, isGpuTensor, kindOf, type OwnedGpuTensor } from "./op/tensor.ts";
 
 /** A call recorded into an encoder of the caller's. */
-export interface EncodedAttention {
+export interface EncodedAttention<Out extends GpuTensor = OwnedGpuTensor> {
   /**
    * The result, once the encoder's commands have run: `options.out`, or a tensor that the caller disposes of on its own.
    */
-  readonly output: GpuTensor;
+  readonly output: Out;
   /** Gives back what the recorded commands need. Call it when they were submitted, or never will be. */
   dispose(): void;
   /** The same as `dispose`, for `using`. */
@@ -25,7 +25,7 @@ export interface EncodedAttention {
  * @param encoder The encoder, outside any pass.
  * @param inputs The tensors; those on the host are uploaded at once.
  * @param options As for `mlaAttention`; `out` lies on the GPU.
- * @returns The result and what to dispose of after the submission.
+ * @returns The result and what to dispose of after the submission. Calls recorded into one encoder share their scratch.
  * @throws {FlashMLAError} As `mlaAttention` does; and with code `invalid-input` when `encoder` or `out` is of the wrong kind.
  *
  * @example
@@ -36,11 +36,11 @@ export interface EncodedAttention {
  * call.dispose();
  * ```
  */
-export async function encodeMlaAttention(
+export async function encodeMlaAttention<Out extends GpuTensor = OwnedGpuTensor>(
   encoder: GPUCommandEncoder,
   inputs: MlaInputs,
-  options: MlaCallOptions<GpuTensor> = {},
-): Promise<EncodedAttention> {
+  options: MlaCallOptions<Out> = {},
+): Promise<EncodedAttention<Out>> {
   const refuse = (why: string): never => {
     throw new FlashMLAError("invalid-input", `Cannot record MLA: ${why}`);
   };
@@ -62,5 +62,5 @@ export async function encodeMlaAttention(
     choice.cfg,
     out as GpuTensor | undefined,
   );
-  return { output, dispose, [Symbol.dispose]: dispose };
+  return { output: output as Out, dispose, [Symbol.dispose]: dispose };
 }

@@ -1,7 +1,8 @@
 import { describe, test } from "node:test";
-import { assert, assertEquals, assertRejects } from "@std/assert";
+import { assert, assertEquals, assertRejects, assertThrows } from "@std/assert";
 import fc from "fast-check";
 import {
+  emptyOnGpu,
   encodeMlaAttention,
   FlashMLAError,
   type GpuTensor,
@@ -11,6 +12,7 @@ import {
   tensor,
   toGpu,
   toHost,
+  viewOnGpu,
 } from "../mod.ts";
 import { type GpuContext, gpuContext } from "../src/gpu/device.ts";
 import { halfBits, toFloats, toHalves } from "../src/op/half.ts";
@@ -133,6 +135,33 @@ describe("toGpu() and toHost()", { skip }, () => {
     there.dispose();
     there.dispose();
     await assertRejects(() => toHost(there), FlashMLAError, "disposed");
+  });
+});
+
+describe("emptyOnGpu() and viewOnGpu()", { skip }, () => {
+  test("give room, and parts of it in elements of its type", async () => {
+    await testContext();
+    for (const dtype of ["f32", "f16"] as const) {
+      const rows = { data: Float32Array.from({ length: 60 }, (_, i) => i), shape: [3, 4, 5] };
+      const there = await toGpu(stored(rows, dtype));
+      const part = viewOnGpu(there, { shape: [3, 2, 4], offset: 6, strides: [20, 5, 1] });
+      assertEquals([...(await floats(part)).data.slice(0, 9)], [6, 7, 8, 9, 11, 12, 13, 14, 26]);
+      assertEquals((await floats(viewOnGpu(part, { shape: [2], offset: 1 }))).data, new Float32Array([7, 8]));
+      assertEquals(part.disposed, false);
+      there.dispose();
+      assertEquals(part.disposed, true);
+      await assertRejects(() => toHost(part), FlashMLAError, "disposed");
+      const room = await emptyOnGpu([2, 3], { dtype });
+      assertEquals([room.shape, room.dtype], [[2, 3], dtype]);
+      assertThrows(() => viewOnGpu(room, { shape: [65536] }), FlashMLAError, "needs a buffer of");
+      room.dispose();
+    }
+  });
+
+  test("refuse shapes and types that are none", async () => {
+    await assertRejects(() => emptyOnGpu([1.5]), FlashMLAError, "must hold non-negative integers, got 1.5");
+    await assertRejects(() => emptyOnGpu(7 as never), FlashMLAError, "shape must be an array of axis lengths, got 7");
+    await assertRejects(() => emptyOnGpu([1], { dtype: "bf16" as "f16" }), FlashMLAError, 'got "bf16"');
   });
 });
 
@@ -347,10 +376,31 @@ describe("encodeMlaAttention()", { skip }, () => {
     for (const { output, dispose } of [first, second]) {
       dispose();
       dispose();
-      (output as OwnedGpuTensor).dispose();
+      output.dispose();
     }
     giveBack();
     assertEquals(buffers.lent, lent);
+  });
+
+  test("shares scratch among the calls of one encoder", async () => {
+    const { device, buffers } = await testContext();
+    const [there, giveBack] = await upload(inputs);
+    const encoder = device.createCommandEncoder();
+    const lent = buffers.lent;
+    const calls = [await encodeMlaAttention(encoder, there, { ...options, cfg })];
+    const forOne = buffers.lent - lent;
+    for (let i = 0; i < 3; i++) calls.push(await encodeMlaAttention(encoder, there, { ...options, cfg }));
+    // Keys and values of the first call, and an output for each.
+    assertEquals([forOne, buffers.lent - lent], [3, 6]);
+    calls[0].dispose();
+    device.queue.submit([encoder.finish()]);
+    for (const call of calls) {
+      assertClose(await floats(call.output), expected, { relL2: 1e-5 });
+      call.dispose();
+      call.output.dispose();
+    }
+    giveBack();
+    assertEquals(buffers.lent, lent - 5);
   });
 
   test("writes to a caller's tensor, and stays within it when other calls come before the submission", async () => {
@@ -391,13 +441,13 @@ describe("encodeMlaAttention()", { skip }, () => {
     const other = await openTestDevice();
     const lent = buffers.lent;
     const encoder = other.createCommandEncoder();
-    const call = await encodeMlaAttention(encoder, inputs, { ...options, cfg, out: undefined });
+    const call = await encodeMlaAttention(encoder, inputs, { ...options, cfg });
     other.pushErrorScope("validation");
     encoder.finish();
     const error = await other.popErrorScope();
     assert(error !== null && /flash-mla expandKeys/.test(error.message), error?.message);
     call.dispose();
-    (call.output as OwnedGpuTensor).dispose();
+    call.output.dispose();
     assertEquals(buffers.lent, lent);
     assertClose(await mlaAttention(inputs, onGpu), expected, { relL2: 1e-5 });
     other.destroy();

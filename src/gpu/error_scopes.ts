@@ -26,7 +26,9 @@ export async function checked<Result>(context: GpuContext, step: string, work: (
     scopes = [device.popErrorScope(), device.popErrorScope(), device.popErrorScope()];
     scopes.forEach((scope) => scope.catch(() => {}));
   }
-  const caught = (await settled(device, Promise.all(scopes))).find((error) => error !== null);
+  // What is refused for want of memory is invalid, and so is all that is done with it: the reason comes first.
+  const errors = (await settled(device, Promise.all(scopes))).filter((error) => error !== null);
+  const caught = errors.find(isOutOfMemory) ?? errors[0];
   if (caught) {
     // What lies idle may be what is missing, here or elsewhere.
     if (isOutOfMemory(caught)) {

@@ -3,6 +3,7 @@
 import { FlashMLAError } from "../op/errors.ts";
 import { halfBits, halfTensor, toFloats, zeros } from "../op/half.ts";
 import {
+  checkShape,
   checkTensor,
   denseStrides,
   elementBytes,
@@ -28,23 +29,111 @@ export function allocateTensor(
   dtype: "f32" | "f16",
 ): OwnedGpuTensor {
   const bytes = Math.max(4, Math.ceil(elementCount(shape) * elementBytes(dtype) / 4) * 4);
-  const buffer = context.buffers.acquire("storage", bytes);
-  let disposed = false;
-  const dispose = () => {
-    if (!disposed) context.buffers.release("storage", buffer);
-    disposed = true;
-  };
-  return {
+  return new PooledTensor(context, context.buffers.acquire("storage", bytes), [...shape], dtype);
+}
+
+/** A tensor in a buffer of the device's pool. */
+class PooledTensor implements OwnedGpuTensor {
+  readonly buffer: GPUBuffer;
+  readonly shape: readonly number[];
+  readonly dtype: "f32" | "f16";
+  readonly device: GPUDevice;
+  readonly #context: GpuContext;
+  #disposed = false;
+
+  constructor(context: GpuContext, buffer: GPUBuffer, shape: readonly number[], dtype: "f32" | "f16") {
+    this.buffer = buffer;
+    this.shape = shape;
+    this.dtype = dtype;
+    this.device = context.device;
+    this.#context = context;
+  }
+
+  get disposed(): boolean {
+    return this.#disposed;
+  }
+
+  dispose(): void {
+    if (!this.#disposed) this.#context.buffers.release("storage", this.buffer);
+    this.#disposed = true;
+  }
+
+  [Symbol.dispose](): void {
+    this.dispose();
+  }
+}
+
+/** How {@link emptyOnGpu} allocates. */
+export interface EmptyOptions {
+  /** How elements are stored; `f32` when absent. */
+  readonly dtype?: "f32" | "f16";
+  /** The device; the process's own when absent. */
+  readonly device?: GPUDevice;
+}
+
+/**
+ * Allocates a tensor on a GPU, for results, KV caches and whatever kernels of the caller's write. Its elements are
+ * arbitrary.
+ *
+ * @param shape The axis lengths, non-negative integers.
+ * @param options Element type and device.
+ * @returns The tensor, dense, in a buffer of usage `STORAGE`, `COPY_SRC` and `COPY_DST`. The caller disposes of it.
+ * @throws {FlashMLAError} When the shape or the type is none (`invalid-input`), the tensor is larger than a buffer may be
+ * (`limit`), or the device has no memory left (`device`).
+ */
+export async function emptyOnGpu(shape: readonly number[], options: EmptyOptions = {}): Promise<OwnedGpuTensor> {
+  const { dtype = "f32", device } = options;
+  if (dtype !== "f32" && dtype !== "f16") {
+    throw new FlashMLAError(
+      "invalid-input",
+      `Cannot allocate a tensor: dtype must be "f32" or "f16", got ${kindOf(dtype)}`,
+    );
+  }
+  checkShape("shape", shape);
+  return await allocated(await gpuContext(device), shape, dtype);
+}
+
+/** What part of a tensor {@link viewOnGpu} shows. Lengths are in elements. */
+export interface ViewOptions {
+  /** The axis lengths. */
+  readonly shape: readonly number[];
+  /** Elements from the tensor's first one to the view's; 0 when absent. */
+  readonly offset?: number;
+  /** Elements from one entry to the next along each axis, the last one 1; dense when absent. */
+  readonly strides?: readonly number[];
+}
+
+/**
+ * A view of a part of a tensor on a GPU: nothing is copied, and it counts as disposed of when the tensor is.
+ *
+ * @param tensor The tensor.
+ * @param options The part: a shape, where it begins, and its strides, all in elements.
+ * @returns The view.
+ * @throws {FlashMLAError} With code `invalid-input` when the part does not fit the tensor's buffer.
+ *
+ * @example The latents of a KV cache of rows of 512 + 64 columns, 100 of 4,096 rows filled
+ * ```ts ignore
+ * const cache = await emptyOnGpu([1, 4096, 576], { dtype: "f16" });
+ * const keyValue = viewOnGpu(cache, { shape: [1, 100, 512], strides: [4096 * 576, 576, 1] });
+ * const bK = viewOnGpu(cache, { shape: [1, 100, 64], strides: [4096 * 576, 576, 1], offset: 512 });
+ * ```
+ */
+export function viewOnGpu(tensor: GpuTensor, options: ViewOptions): GpuTensor {
+  const { shape, offset = 0, strides } = options;
+  const { buffer, dtype, device, offset: origin = 0 } = tensor;
+  const view: GpuTensor = {
     buffer,
-    shape: [...shape],
     dtype,
-    device: context.device,
+    device,
+    shape: [...shape],
+    offset: origin + offset * elementBytes(dtype),
+    ...(strides && { strides: [...strides] }),
     get disposed() {
-      return disposed;
+      return tensor.disposed === true;
     },
-    dispose,
-    [Symbol.dispose]: dispose,
   };
+  checkTensor("view", view);
+  return view;
 }
 
 /**

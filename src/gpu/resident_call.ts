@@ -14,6 +14,7 @@ import {
 } from "../op/tensor.ts";
 import type { AttentionPlan, Operand } from "./attention_plan.ts";
 import { type GpuContext, unlessLost } from "./device.ts";
+import { type Scratch, scratchFor } from "./encoder_scratch.ts";
 import { checked } from "./error_scopes.ts";
 import { type HalfCopy, halfCopy, halfPipeline } from "./half_copy.ts";
 import { emptyBinding, type LaidOut, type StorageType } from "./operand_layout.ts";
@@ -39,11 +40,13 @@ export class ResidentCall {
   readonly #copyKernels: CopyKernels;
   readonly #buffers = new Map<Operand, GPUBuffer[]>();
   readonly #borrowed: GPUBuffer[] = [];
+  readonly #scratch: Scratch;
   readonly #before: HalfCopy[] = [];
   readonly #after: HalfCopy[] = [];
 
-  private constructor(context: GpuContext, copyKernels: CopyKernels) {
+  private constructor(context: GpuContext, copyKernels: CopyKernels, scratch: Scratch) {
     this.#context = context;
+    this.#scratch = scratch;
     this.#copyKernels = copyKernels;
   }
 
@@ -54,14 +57,17 @@ export class ResidentCall {
    * @param problem The problem that the inputs were validated to.
    * @param tensors The tensors.
    * @param plan Any plan of the problem for this device and these tensors: ranges and scratch depend on those alone.
+   * @param encoder The encoder that the call is recorded into, whose calls share their scratch.
    */
   static async create(
     context: GpuContext,
     problem: MlaProblem,
     tensors: CallTensors,
     plan: AttentionPlan,
+    encoder?: GPUCommandEncoder,
   ): Promise<ResidentCall> {
-    const call = new ResidentCall(context, await copyKernels(context, tensors, plan));
+    const kernels = await copyKernels(context, tensors, plan);
+    const call = new ResidentCall(context, kernels, scratchFor(context, encoder));
     try {
       await unlessLost(
         context,
@@ -70,6 +76,7 @@ export class ResidentCall {
     } catch (error) {
       // Any of the buffers may be one that the device refused: nobody may get it from the pool.
       for (const buffer of call.#borrowed.splice(0)) context.buffers.discard(buffer);
+      call.#scratch.discard();
       call.dispose();
       throw error;
     }
@@ -95,6 +102,7 @@ export class ResidentCall {
   /** Gives back the memory that was borrowed; the caller's stays. */
   dispose(): void {
     for (const buffer of this.#borrowed.splice(0)) this.#context.buffers.release("storage", buffer);
+    this.#scratch.dispose();
     for (const copy of [...this.#before.splice(0), ...this.#after.splice(0)]) copy.dispose();
     this.#buffers.clear();
   }
@@ -102,8 +110,8 @@ export class ResidentCall {
   #fill(problem: MlaProblem, { inputs, out }: CallTensors, plan: AttentionPlan): void {
     const { keyValue, wKc, wVc, bK, query, bQ } = inputs;
     const { layouts, queryRanges } = plan;
-    this.#put("keys", this.#borrow(plan.keysBytes));
-    this.#put("values", this.#borrow(plan.valuesBytes));
+    this.#put("keys", this.#scratch.lend("keys", plan.keysBytes));
+    this.#put("values", this.#scratch.lend("values", plan.valuesBytes));
     for (const [name, tensor] of present({ keyValue, wKc, wVc, bK })) {
       this.#bring(name, tensor, layouts[name]!.dtype, { start: 0, end: tensor.shape[0] * tensor.shape[1] });
     }

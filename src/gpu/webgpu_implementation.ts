@@ -104,7 +104,7 @@ class WebGpuTarget implements MlaTarget {
       const output = await this.#onGpu(problem, inputs, cfg, out, async (ready) => {
         held.push(ready);
         await checked(this.#context, "record its kernels", () => ready.prepared.encode(encoder));
-      });
+      }, encoder);
       return { output, dispose };
     } catch (error) {
       dispose();
@@ -116,7 +116,7 @@ class WebGpuTarget implements MlaTarget {
   async trial(problem: MlaProblem, inputs: MlaInputs, cfg: FlashMLAConfig): Promise<MlaTrial> {
     const [piece] = this.#pieces(problem, inputs);
     const timing = await timingMethod(this.#context);
-    const { prepared, dispose } = await this.#prepare(piece, cfg, resultType(inputs), inputs);
+    const { prepared, dispose } = await this.#prepare(piece, cfg, resultType(inputs), { sharer: inputs });
     return {
       timingMethod: timing,
       output: () => prepared.output(),
@@ -136,6 +136,7 @@ class WebGpuTarget implements MlaTarget {
     cfg: FlashMLAConfig,
     out: GpuTensor | undefined,
     work: (piece: Prepared) => Promise<void>,
+    encoder?: GPUCommandEncoder,
   ): Promise<GpuTensor> {
     if (out !== undefined) checkBuffers(inputs, out);
     const dtype = resultType(inputs, out);
@@ -145,7 +146,7 @@ class WebGpuTarget implements MlaTarget {
     const result = out ?? own!;
     try {
       for (const part of this.#plannedPieces(problem, inputs, cfg, dtype, result)) {
-        await work(await this.#prepare(part, cfg, part.out as GpuTensor));
+        await work(await this.#prepare(part, cfg, part.out as GpuTensor, { encoder }));
       }
       return result;
     } catch (error) {
@@ -194,13 +195,14 @@ class WebGpuTarget implements MlaTarget {
    * Plans, compiles, uploads and binds one piece.
    *
    * @param out What takes the result on the GPU, or the element type of a result in memory of ours.
-   * @param sharer The inputs of a call that is being tuned: its trials share one copy.
+   * @param sharing The encoder that the piece is recorded into, whose calls share scratch; or the inputs of a call that is
+   * being tuned, whose trials share all memory.
    */
   async #prepare(
     piece: Piece,
     cfg: FlashMLAConfig,
     out: GpuTensor | StorageType,
-    sharer?: MlaInputs,
+    sharing: { readonly sharer?: MlaInputs; readonly encoder?: GPUCommandEncoder } = {},
   ): Promise<Prepared> {
     const context = this.#context;
     const { problem, inputs } = piece;
@@ -212,8 +214,9 @@ class WebGpuTarget implements MlaTarget {
       release();
     };
     try {
+      const { sharer, encoder } = sharing;
       const tensors = { inputs, out: typeof out === "string" ? undefined : out };
-      const make = () => ResidentCall.create(context, problem, tensors, compiled.plan);
+      const make = () => ResidentCall.create(context, problem, tensors, compiled.plan, encoder);
       memory = sharer === undefined ? ownCall(await make()) : await sharedCall(sharer, make);
       return { prepared: await PreparedAttention.create(context, problem, compiled, memory.resident), dispose };
     } catch (error) {

@@ -44,7 +44,12 @@ export function halfBits(data: Float16Elements | Uint16Array): Uint16Array {
   return data instanceof Uint16Array ? data : new Uint16Array(data.buffer, data.byteOffset, data.length);
 }
 
-/** A host tensor's elements as float32: the tensor itself when it is float32 already. Exact. */
+/**
+ * A host tensor's elements as float32. Exact.
+ *
+ * @param tensor The tensor, of any element type.
+ * @returns A new tensor, or the tensor itself when it is float32 already.
+ */
 export function toFloats(tensor: HostTensor): Tensor {
   if (tensor.dtype === undefined || tensor.dtype === "f32") return tensor;
   const bits = halfBits(tensor.data);
@@ -59,7 +64,12 @@ export function toFloats(tensor: HostTensor): Tensor {
   return { data, shape: tensor.shape };
 }
 
-/** float32 elements rounded to half precision. */
+/**
+ * float32 elements rounded to half precision, ties to even.
+ *
+ * @param tensor The tensor.
+ * @returns A new tensor of the same shape, in a `Float16Array` where the runtime has one, else as bits.
+ */
 export function toHalves({ data, shape }: Tensor): F16Tensor {
   const bits = new Uint16Array(data.length);
   for (let i = 0; i < bits.length; i++) bits[i] = floatToHalf(data[i]);

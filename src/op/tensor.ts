@@ -180,13 +180,20 @@ export function checkTensor(name: string, value: AnyTensor): void {
   if (typeof value !== "object" || value === null || !Array.isArray(value.shape)) {
     fail(`expected { data, shape } or { buffer, shape, dtype }, got ${kindOf(value)}`);
   }
-  for (const axis of value.shape) {
-    if (!Number.isSafeInteger(axis) || axis < 0) {
-      fail(`shape [${value.shape}] must hold non-negative integers, got ${axis}`);
-    }
-  }
+  checkShape(name, value.shape);
   if (isGpuTensor(value)) checkGpuTensor(value, fail);
   else checkHostTensor(value, fail);
+}
+
+/** Throws unless `shape` holds non-negative integers; `name` is the argument to blame. */
+export function checkShape(name: string, shape: readonly number[]): void {
+  const fail = (why: string) => {
+    throw new FlashMLAError("invalid-input", `Cannot use ${name} as a tensor: ${why}`);
+  };
+  if (!Array.isArray(shape)) fail(`shape must be an array of axis lengths, got ${kindOf(shape)}`);
+  for (const axis of shape) {
+    if (!Number.isSafeInteger(axis) || axis < 0) fail(`shape [${shape}] must hold non-negative integers, got ${axis}`);
+  }
 }
 
 function checkHostTensor({ data, shape, dtype }: HostTensor, fail: (why: string) => never): void {
