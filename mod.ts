@@ -6,7 +6,8 @@
  */
 
 export { defaultExecutor, FlashMLA, flashMLA, mlaAttention, MlaInvocation } from "./src/flash_mla.ts";
-export type { MlaCall, MlaCallOptions, MlaExecutor, MlaOptions } from "./src/flash_mla.ts";
+export type { MlaCall, MlaExecutor } from "./src/flash_mla.ts";
+export type { MlaCallOptions, MlaOptions } from "./src/mla_options.ts";
 
 export { encodeMlaAttention } from "./src/encode_mla_attention.ts";
 export type { EncodedAttention } from "./src/encode_mla_attention.ts";

@@ -1,4 +1,5 @@
-import { defaultExecutor, flashMLA, type MlaCallOptions, MlaInvocation } from "./flash_mla.ts";
+import { executorOf, flashMLA, MlaInvocation } from "./flash_mla.ts";
+import type { MlaCallOptions } from "./mla_options.ts";
 import { FlashMLAError } from "./op/errors.ts";
 import type { MlaInputs } from "./op/mla_problem.ts";
 import { type GpuTensor, isGpuTensor, kindOf, type OwnedGpuTensor } from "./op/tensor.ts";
@@ -19,8 +20,8 @@ export interface EncodedAttention<Out extends GpuTensor = OwnedGpuTensor> {
  * Records Multi-head Latent Attention into a caller's encoder, so that a whole layer is one submission. Nothing is submitted
  * and nothing is read back; the first call for a kind of shape may tune, which submits work of its own before.
  *
- * The encoder must be of the device that the tensors name, or `options.device`, or the process's own. WebGPU shows a
- * mistake here only at the encoder's `finish()`, in the engine's words.
+ * The encoder must be of the device that the tensors name, or `options.device`, or the process's own. Engines notice an
+ * encoder of another device only at its `finish()`.
  *
  * @param encoder The encoder, outside any pass.
  * @param inputs The tensors; those on the host are uploaded at once.
@@ -47,8 +48,16 @@ export async function encodeMlaAttention<Out extends GpuTensor = OwnedGpuTensor>
   if (typeof encoder?.beginComputePass !== "function") {
     refuse(`encoder must be a GPUCommandEncoder, got ${kindOf(encoder)}`);
   }
-  if (options?.out !== undefined && !isGpuTensor(options.out)) refuse("out must lie on the GPU, got a host tensor");
-  const executor = options?.executor ?? defaultExecutor();
+  if (typeof options !== "object" || options === null) refuse(`options must be an object, got ${kindOf(options)}`);
+  const given = options.out;
+  if (given !== undefined && (typeof given !== "object" || given === null || !isGpuTensor(given))) {
+    refuse(
+      `out must lie on the GPU: expected { buffer, shape, dtype }, got ${
+        given && "data" in given ? "a host tensor" : kindOf(given)
+      }`,
+    );
+  }
+  const executor = executorOf(options);
   const call = { inputs, options: { ...options, platform: options?.platform ?? "webgpu" } };
   const { invocation, choice } = await executor.prepare(flashMLA, call, { cfg: options?.cfg });
   if (!(invocation instanceof MlaInvocation) || invocation.target.encode === undefined) {
@@ -62,5 +71,5 @@ export async function encodeMlaAttention<Out extends GpuTensor = OwnedGpuTensor>
     choice.cfg,
     out as GpuTensor | undefined,
   );
-  return { output: output as Out, dispose, [Symbol.dispose]: dispose };
+  return { output: (given ?? output) as Out, dispose, [Symbol.dispose]: dispose };
 }

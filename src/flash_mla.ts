@@ -6,17 +6,17 @@ import { FlashMLAError } from "./op/errors.ts";
 import type { MlaImplementation, MlaTarget } from "./op/implementation.ts";
 import { lengthBucket } from "./op/length_bucket.ts";
 import { toFloats } from "./op/half.ts";
-import type { MlaEvent } from "./op/mla_event.ts";
 import {
   checkOut,
+  holdTensor,
   type MlaInputs,
-  type MlaMathOptions,
   type MlaProblem,
   mlaProblem,
   snapshot,
   tensorNames,
 } from "./op/mla_problem.ts";
-import { canonicalPlatform, type Platform } from "./op/platform.ts";
+import { checkOptions, deviceOf, type MlaCallOptions, type MlaOptions } from "./mla_options.ts";
+import { canonicalPlatform } from "./op/platform.ts";
 import { type AnyTensor, isGpuTensor, kindOf, type ResultLike, type Tensor } from "./op/tensor.ts";
 import { detectPlatform, kernelRegistry } from "./platforms.ts";
 import { Executor } from "./tune/executor.ts";
@@ -24,29 +24,6 @@ import { Invocation, type InvocationInit } from "./tune/invocation.ts";
 import { Kernel, type OutputCheck, type Trial } from "./tune/kernel.ts";
 import { ConfigSelectorChain } from "./tune/selector_chain.ts";
 import { Tuner } from "./tune/tuner.ts";
-
-/** The options of one call. */
-export interface MlaOptions extends MlaMathOptions {
-  /** Where to run; `auto`, the default, takes WebGPU where there is an adapter and the reference elsewhere. */
-  readonly platform?: Platform | "auto";
-  /** A configuration for this call only; chosen by the executor's chain when absent. */
-  readonly cfg?: FlashMLAConfig;
-  /** What chooses the configuration; {@link defaultExecutor} when absent. */
-  readonly executor?: MlaExecutor;
-  /** The WebGPU device to run on; that of the tensors, or the process's own, opened on first use, when absent. */
-  readonly device?: GPUDevice;
-  /** Hears of what the call's user may want to know, once per device; a line on the console when absent. */
-  readonly onEvent?: (event: MlaEvent) => void;
-}
-
-/** The options of one call, with the tensor that takes the result. */
-export interface MlaCallOptions<Out extends AnyTensor = AnyTensor> extends MlaOptions {
-  /**
-   * The tensor that takes the result, `[batch, queryLength, queryHeads, vHeadDim]` in float32 or halves, written in place
-   * and returned. On a GPU it needs a buffer that no input lies in. When absent, the result is a new tensor like the query.
-   */
-  readonly out?: Out;
-}
 
 /** One call of the operation. */
 export interface MlaCall {
@@ -128,7 +105,7 @@ export class FlashMLA extends Kernel<MlaCall, FlashMLAConfig, AnyTensor> {
     checkOptions(options);
     if (options.out !== undefined) checkOut(options.out, problem);
     const inputs = snapshot(call.inputs);
-    const out = options.out;
+    const out = options.out && holdTensor(options.out);
     const { platform: asked = "auto", cfg, onEvent } = options;
     const device = deviceOf(inputs, options);
     // What a call brings along says where it runs: a configuration names its platform, tensors on a GPU are WebGPU's.
@@ -185,9 +162,10 @@ export class FlashMLA extends Kernel<MlaCall, FlashMLAConfig, AnyTensor> {
    * @returns The attention output, `[batch, queryLength, queryHeads, vHeadDim]`: the call's `out`, or like the query.
    */
   override async run(invocation: Invocation<MlaCall>, cfg: FlashMLAConfig): Promise<AnyTensor> {
-    const { problem, target, inputs, out } = prepared(invocation);
+    const { problem, target, inputs, out, call } = prepared(invocation);
     this.checkCfg(invocation, cfg);
-    return await target.run(problem, inputs, cfg, out);
+    const result = await target.run(problem, inputs, cfg, out);
+    return out === undefined ? result : call.options?.out ?? result;
   }
 
   /** A good configuration without measuring: by the number of workgroups that a problem gives each tile. */
@@ -230,40 +208,6 @@ export class FlashMLA extends Kernel<MlaCall, FlashMLAConfig, AnyTensor> {
     const error = norm === 0 ? Math.sqrt(difference) : Math.sqrt(difference / norm);
     return { ok: error <= agreement, detail: `relL2 ${error.toExponential(2)} against the best known output` };
   }
-}
-
-const knownOptions = ["softmaxScale", "causal", "platform", "cfg", "executor", "device", "out", "onEvent"];
-
-function checkOptions(options: MlaOptions): void {
-  const refuse = (why: string) => {
-    throw new FlashMLAError("invalid-input", `Cannot run MLA: ${why}`);
-  };
-  for (const name of Object.keys(options)) {
-    if (!knownOptions.includes(name)) refuse(`unknown option "${name}"; known are ${knownOptions.join(", ")}`);
-  }
-  const { device, cfg, onEvent } = options;
-  if (onEvent !== undefined && typeof onEvent !== "function") {
-    refuse(`onEvent must be a function, got ${kindOf(onEvent)}`);
-  }
-  if (device !== undefined && typeof device?.createBuffer !== "function") {
-    refuse(`device must be a GPUDevice, got ${kindOf(device)}`);
-  }
-  if (cfg !== undefined && (typeof cfg !== "object" || cfg === null)) {
-    refuse(`cfg must be a FlashMLAConfig, got ${kindOf(cfg)}`);
-  }
-}
-
-/** The device that a call's tensors and options name, if any. */
-function deviceOf(inputs: MlaInputs, { device, out }: MlaCallOptions): GPUDevice | undefined {
-  let [owner, found] = ["options.device", device];
-  for (const [name, tensor] of [...tensorNames.map((name) => [name, inputs[name]] as const), ["out", out] as const]) {
-    if (tensor === undefined || !isGpuTensor(tensor) || tensor.device === undefined) continue;
-    if (found !== undefined && tensor.device !== found) {
-      throw new FlashMLAError("invalid-input", `Cannot run MLA: ${name} lies on another device than ${owner}`);
-    }
-    [owner, found] = [name, tensor.device];
-  }
-  return found;
 }
 
 function prepared(invocation: Invocation<MlaCall>): MlaInvocation {
@@ -328,13 +272,45 @@ export function defaultExecutor(): MlaExecutor {
  * console.log(output.shape); // [1, 8, 2, 32]
  * ```
  */
-export async function mlaAttention<Query extends AnyTensor, Out extends AnyTensor = ResultLike<Query>>(
+export function mlaAttention<Query extends AnyTensor>(
   inputs: MlaInputs<AnyTensor, Query>,
-  options: MlaCallOptions<Out> = {},
-): Promise<Out> {
+  options?: MlaOptions & {
+    /** Absent: the result is a new tensor like the query. */
+    readonly out?: undefined;
+  },
+): Promise<ResultLike<Query>>;
+/**
+ * The same, with the result written to a tensor of the caller's.
+ *
+ * @param inputs The tensors.
+ * @param options The options, `out` among them.
+ * @returns `options.out`.
+ */
+export function mlaAttention<Out extends AnyTensor>(
+  inputs: MlaInputs,
+  options: MlaOptions & {
+    /** The tensor that takes the result. */
+    readonly out: Out;
+  },
+): Promise<Out>;
+/**
+ * The same, with a tensor for the result that may be absent.
+ *
+ * @param inputs The tensors.
+ * @param options The options.
+ * @returns `options.out`, or a new tensor like the query.
+ */
+export function mlaAttention<Query extends AnyTensor, Out extends AnyTensor>(
+  inputs: MlaInputs<AnyTensor, Query>,
+  options: MlaCallOptions<Out>,
+): Promise<Out | ResultLike<Query>>;
+export async function mlaAttention(inputs: MlaInputs, options: MlaCallOptions = {}): Promise<AnyTensor> {
+  return await executorOf(options).run(flashMLA, { inputs, options }, { cfg: options?.cfg });
+}
+
+/** The executor that a call names, or the default one. */
+export function executorOf(options: MlaCallOptions): MlaExecutor {
   const executor = options?.executor ?? defaultExecutor();
-  if (typeof executor.run !== "function") {
-    throw new FlashMLAError("invalid-input", `Cannot run MLA: executor must be an Executor, got ${kindOf(executor)}`);
-  }
-  return await executor.run(flashMLA, { inputs, options }, { cfg: options?.cfg }) as Out;
+  if (typeof executor.run === "function" && typeof executor.prepare === "function") return executor;
+  throw new FlashMLAError("invalid-input", `Cannot run MLA: executor must be an Executor, got ${kindOf(executor)}`);
 }

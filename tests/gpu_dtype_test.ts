@@ -51,6 +51,19 @@ describe("halves", { skip: skip || !hasHalves && "the device has no half precisi
     }
   });
 
+  test("may pass the largest half between the steps", async () => {
+    const fill = (value: number, ...shape: number[]) =>
+      toHalves({ data: new Float32Array(shape.reduce((a, b) => a * b)).fill(value), shape });
+    const call = {
+      query: fill(1 / 1024, 1, 3, 1, 8),
+      keyValue: fill(1024, 1, 5, 16),
+      wKc: fill(8, 16, 1, 8), // keys of 131,072
+      wVc: fill(1, 16, 1, 8),
+    };
+    const result = await mlaAttention(call, { platform: "webgpu", cfg });
+    assert(toFloats(result).data.every((x) => x === 16384), String(toFloats(result).data[0]));
+  });
+
   test("give halves for halves, of any odd length", async () => {
     const { inputs, options } = randomCall({ ...shape, kvLoraRank: 3, qkNopeHeadDim: 5, vHeadDim: 7, queryLength: 3 });
     const halves = { ...inputs, query: toHalves(inputs.query), keyValue: toHalves(inputs.keyValue) };

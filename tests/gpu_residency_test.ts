@@ -1,3 +1,4 @@
+import process from "node:process";
 import { describe, test } from "node:test";
 import { assert, assertEquals, assertRejects, assertThrows } from "@std/assert";
 import fc from "fast-check";
@@ -15,6 +16,8 @@ import {
   viewOnGpu,
 } from "../mod.ts";
 import { type GpuContext, gpuContext } from "../src/gpu/device.ts";
+import { mostKeyRows } from "../src/gpu/key_rows.ts";
+import { webgpuTarget } from "../src/gpu/webgpu_implementation.ts";
 import { halfBits, toFloats, toHalves } from "../src/op/half.ts";
 import { type HostInputs, mapTensors, mlaProblem, outputShape } from "../src/op/mla_problem.ts";
 import { elementBytes, elementCount, type Tensor } from "../src/op/tensor.ts";
@@ -623,5 +626,114 @@ describe("faults", { skip }, () => {
     assertEquals([live.size, buffers.lent], [before, lent]);
     giveBack();
     device.destroy();
+  });
+});
+
+describe("calls whose surroundings change under way", { skip }, () => {
+  test("a result whose memory was transferred is refused, and the next call runs", async () => {
+    const { buffers } = await testContext();
+    const lent = buffers.lent;
+    const out = { data: new Float32Array(expected.data.length), shape: expected.shape };
+    const call = mlaAttention(inputs, { ...onGpu, out });
+    structuredClone(out.data.buffer, { transfer: [out.data.buffer] });
+    const error = await assertRejects(() => call, FlashMLAError, "out needs 4032 elements");
+    assertEquals(error.code, "invalid-input");
+    assertEquals(buffers.lent, lent);
+    for (let i = 0; i < 3; i++) assertClose(await mlaAttention(inputs, onGpu), expected, { relL2: 1e-5 });
+  });
+
+  test("a result object that is filled anew meanwhile keeps what the call began with", async () => {
+    await testContext();
+    const data = new Float32Array(expected.data.length);
+    const out = { data, shape: expected.shape };
+    const call = mlaAttention(inputs, { ...onGpu, out });
+    out.data = new Float32Array(1);
+    assertEquals(await call, out);
+    assertClose({ data, shape: expected.shape }, expected, { relL2: 1e-5 });
+  });
+
+  for (const name of ["keyValue", "out"] as const) {
+    test(`${name} that is disposed of before the submission is refused, and other tensors stay whole`, async () => {
+      await testContext();
+      const [there, giveBack] = await upload(inputs);
+      const out = await toGpu({ data: expected.data.slice(), shape: expected.shape });
+      const call = mlaAttention(there, { ...onGpu, out });
+      call.catch(() => {});
+      (name === "out" ? out : there.keyValue).dispose();
+      const stranger = await toGpu({ data: expected.data.map(() => 5), shape: expected.shape });
+      const outcome = await call.then(() => null, (error) => error);
+      // It may have been submitted already: then the result is right.
+      if (outcome !== null) {
+        assert(
+          outcome instanceof FlashMLAError && outcome.message.includes(`${name} was disposed of`),
+          String(outcome),
+        );
+        assert((await floats(stranger)).data.every((x) => x === 5));
+      }
+      stranger.dispose();
+      out.dispose();
+      giveBack();
+    });
+  }
+
+  test("a device that is lost leaves no promise unheard", async () => {
+    const unheard: unknown[] = [];
+    const hear = (reason: unknown) => void unheard.push(reason);
+    process.on("unhandledRejection", hear);
+    try {
+      for (let i = 0; i < 6; i++) {
+        const device = await openTestDevice();
+        const call = mlaAttention(inputs, { ...onGpu, device });
+        const heard = call.catch((error) => error);
+        for (let turn = 0; turn < i; turn++) await Promise.resolve();
+        device.destroy();
+        const outcome = await heard;
+        if (outcome instanceof Error) {
+          assert(outcome instanceof FlashMLAError && outcome.code === "device", String(outcome));
+        }
+      }
+      await new Promise((resolve) => setTimeout(resolve, 100));
+      assertEquals(unheard, []);
+    } finally {
+      process.off("unhandledRejection", hear);
+    }
+  });
+});
+
+describe("calls that are cut into pieces", { skip }, () => {
+  const limitedTo = async (bytes: number) => {
+    const context = await testContext();
+    const { capabilities } = context;
+    const limits = { ...capabilities.limits, maxStorageBufferBindingSize: bytes };
+    return { ...context, capabilities: { ...capabilities, limits } };
+  };
+
+  test("may write to memory that their inputs lie in", async () => {
+    const target = webgpuTarget(await limitedTo(8192));
+    const problem = mlaProblem(inputs, options);
+    const item = inputs.query.data.length / shape.batch;
+    const memory = new Float32Array(expected.data.length + item);
+    memory.set(inputs.query.data);
+    const query = { data: memory.subarray(0, inputs.query.data.length), shape: inputs.query.shape };
+    const out = { data: memory.subarray(item), shape: expected.shape };
+    assertClose(await target.run(problem, { ...inputs, query }, cfg, out), expected, { relL2: 1e-5 });
+  });
+
+  test("are cut by what their windows cover, offsets and strides included", () => {
+    const limit = 4096;
+    const rows = (keyValue: Partial<GpuTensor>, batch = 3) => {
+      const view = { buffer: {} as GPUBuffer, shape: [batch, 34, 12], dtype: "f32" as const, ...keyValue };
+      const { batch: _, ...problem } = mlaProblem(inputs, options);
+      return mostKeyRows({ ...problem, batch, vHeadDim: 4 }, { ...inputs, keyValue: view, bK: undefined }, limit);
+    };
+    // 34 rows of 48 bytes are 1,632 bytes: two items fit in 4,096.
+    assertEquals(rows({}), 68);
+    // Time-major: items lie inside each other's rows.
+    assertEquals(rows({ strides: [12, 36, 1] }), 34);
+    assertEquals(rows({ strides: [12, 24, 1] }, 2), 68);
+    // Items lie 2,900 bytes apart.
+    assertEquals(rows({ strides: [725, 12, 1] }), 34);
+    assertEquals(rows({ shape: [2, 34, 12], strides: [600, 12, 1], offset: 128 }, 2), 34);
+    assertEquals(rows({ shape: [2, 34, 12], strides: [600, 12, 1], offset: 0 }, 2), 68);
   });
 });

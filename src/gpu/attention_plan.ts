@@ -2,12 +2,13 @@
 // query ranges that keep every binding within the device's limits, and the dispatches themselves. No GPU is touched.
 
 import type { FlashMLAConfig } from "../op/config.ts";
-import { FlashMLAError } from "../op/errors.ts";
 import type { MlaProblem } from "../op/mla_problem.ts";
-import type { Capabilities, GpuLimits } from "./capabilities.ts";
+import type { Capabilities } from "./capabilities.ts";
 import * as attend from "./kernels/attend.ts";
 import * as expand from "./kernels/expand.ts";
+import { attendSource, expandSource } from "./kernel_sources.ts";
 import { storageElement } from "./kernels/storage_element.ts";
+import { checkBinding, checkWindow, limitError } from "./limit_checks.ts";
 import {
   batchGap,
   type BindingWindow,
@@ -19,8 +20,8 @@ import {
   type OperandLayout,
   type OperandLayouts,
   rowWindow,
-  type StorageType,
 } from "./operand_layout.ts";
+import { chunks, rowWidth, splitQueries } from "./query_ranges.ts";
 import { blockWords, type RowRange, schedule } from "./schedule.ts";
 
 /** Bytes of expanded keys and values that are kept at a time, unless one head alone needs more. */
@@ -110,16 +111,19 @@ export function attentionPlan(
   const { batch, keyLength, queryLength, queryHeads, kvHeads, rope } = problem;
   const { kvLoraRank, qkNopeHeadDim, qkRopeHeadDim, vHeadDim } = problem;
   const { query, keyValue, wKc, wVc, bQ, bK, output } = layouts as Required<OperandLayouts>;
-  const scratch: StorageType = [keyValue, wKc, wVc].every(({ dtype }) => dtype === "f16") ? "f16" : "f32";
-  const scratchBytes = scratch === "f16" ? 2 : 4;
+  // Expanded keys and values stay in float32 whatever the storage: sums over the rank of products of halves pass the
+  // largest half, 65,504, where their softmax is still well defined.
+  const scratchBytes = 4;
   const keyRows = batch * keyLength;
   const headsPerKv = queryHeads / kvHeads;
-  const latents = checked("keyValue", rowWindow(keyValue, keyLength, 0, keyRows, kvLoraRank), limits);
+  const latents = checkWindow("keyValue", rowWindow(keyValue, keyLength, 0, keyRows, kvLoraRank), limits);
   const weights = {
-    keys: checked("wKc", denseWindow(wKc, kvLoraRank * kvHeads * qkNopeHeadDim), limits),
-    values: checked("wVc", denseWindow(wVc, kvLoraRank * kvHeads * vHeadDim), limits),
+    keys: checkWindow("wKc", denseWindow(wKc, kvLoraRank * kvHeads * qkNopeHeadDim), limits),
+    values: checkWindow("wVc", denseWindow(wVc, kvLoraRank * kvHeads * vHeadDim), limits),
   };
-  const ropeKeys = rope === "none" ? null : checked("bK", rowWindow(bK, keyLength, 0, keyRows, qkRopeHeadDim), limits);
+  const ropeKeys = rope === "none"
+    ? null
+    : checkWindow("bK", rowWindow(bK, keyLength, 0, keyRows, qkRopeHeadDim), limits);
 
   const headBytes = keyRows * Math.max(qkNopeHeadDim, vHeadDim) * scratchBytes;
   checkBinding("the expanded keys or values of one head", headBytes, limits);
@@ -135,9 +139,7 @@ export function attentionPlan(
   if (headsPerKv > limits.maxComputeWorkgroupsPerDimension) {
     throw limitError(`${headsPerKv} query heads per KV head`, "maxComputeWorkgroupsPerDimension", limits);
   }
-  // A binding is a whole number of words.
-  const scratchSize = (headDim: number) =>
-    Math.max(emptyBinding, Math.ceil(keyRows * groupKvHeads * headDim * scratchBytes / 4) * 4);
+  const scratchSize = (headDim: number) => Math.max(emptyBinding, keyRows * groupKvHeads * headDim * scratchBytes);
   const scratchSizes = { keys: scratchSize(qkNopeHeadDim), values: scratchSize(vHeadDim) };
 
   const queryRanges = splitQueries(problem, layouts, limits).map((rows) => ({
@@ -191,7 +193,7 @@ export function attentionPlan(
     }
     queryRanges.forEach(({ start, end, blocks }, range) => {
       const rowsOf = (what: string, layout: OperandLayout, width: number) =>
-        checked(what, rowWindow(layout, queryLength, start, end, width), limits);
+        checkWindow(what, rowWindow(layout, queryLength, start, end, width), limits);
       const queries = rowsOf("query", query, rowWidth(query, problem, "query"));
       const outputs = rowsOf("the output", output, rowWidth(output, problem, "output"));
       const ropeQueries = rope === "shared" ? rowsOf("bQ", bQ, qkRopeHeadDim) : null;
@@ -223,23 +225,23 @@ export function attentionPlan(
 
   const quads = (layout: OperandLayout, ...widths: number[]) =>
     storageElement(layout.dtype, isQuadAligned(layout) && widths.every((width) => width % 4 === 0));
-  const expanded = (headDim: number) => storageElement(scratch, headDim % 4 === 0);
+  const expanded = (headDim: number) => storageElement("f32", headDim % 4 === 0);
   const gapped = batchGap(keyValue, keyLength) !== 0;
   return {
     kernels: {
-      expandKeys: expand.wgsl(tile, {
+      expandKeys: expandSource(tile, {
         latent: quads(keyValue, kvLoraRank),
         weight: quads(wKc, qkNopeHeadDim),
         expanded: expanded(qkNopeHeadDim),
         gapped,
       }),
-      expandValues: expand.wgsl(tile, {
+      expandValues: expandSource(tile, {
         latent: quads(keyValue, kvLoraRank),
         weight: quads(wVc, vHeadDim),
         expanded: expanded(vHeadDim),
         gapped,
       }),
-      attend: attend.wgsl(config, {
+      attend: attendSource(config, {
         vHeadDim,
         rope,
         query: quads(query, qkNopeHeadDim, rope === "in_query" ? qkRopeHeadDim : 0),
@@ -259,52 +261,6 @@ export function attentionPlan(
   };
 }
 
-/** Elements from the first to one past the last of a row of queries or outputs, all heads included. */
-function rowWidth(layout: OperandLayout, problem: MlaProblem, which: "query" | "output"): number {
-  const { queryHeads, qkNopeHeadDim, qkRopeHeadDim, vHeadDim, rope } = problem;
-  const headDim = which === "output" ? vHeadDim : qkNopeHeadDim + (rope === "in_query" ? qkRopeHeadDim : 0);
-  return (queryHeads - 1) * layout.head + headDim;
-}
-
-/** Ranges of query rows whose queries and outputs each fit one binding. */
-function splitQueries(problem: MlaProblem, layouts: OperandLayouts, limits: GpuLimits): RowRange[] {
-  const { batch, queryLength, qkRopeHeadDim } = problem;
-  const { query, output, bQ } = layouts as Required<OperandLayouts>;
-  const split = [
-    { layout: query, width: rowWidth(query, problem, "query") },
-    { layout: output, width: rowWidth(output, problem, "output") },
-    ...(problem.rope === "shared" ? [{ layout: bQ, width: qkRopeHeadDim }] : []),
-  ];
-  const limit = limits.maxStorageBufferBindingSize;
-  const fits = (start: number, end: number) =>
-    split.every(({ layout, width }) => {
-      // A later range may begin up to 252 bytes into its window.
-      const slack = layout.resident && start + end < batch * queryLength ? 252 : 0;
-      return rowWindow(layout, queryLength, start, end, width).size + slack <= limit;
-    });
-  // The largest power-of-two share of a batch item that fits; without gaps, rows of several items make one range.
-  const rows = batch * queryLength;
-  if (fits(0, rows)) return [{ start: 0, end: rows }];
-  const whole = split.every(({ layout }) => batchGap(layout, queryLength) === 0) ? rows : queryLength;
-  let perRange = whole;
-  while (perRange > 1 && !fits(0, perRange)) perRange = Math.ceil(perRange / 2);
-  if (!fits(0, perRange)) {
-    const [bytes] = split.map(({ layout, width }) => rowWindow(layout, queryLength, 0, 1, width).size)
-      .sort((a, b) => b - a);
-    throw limitError(`one row of query or output needs ${bytes} bytes`, "maxStorageBufferBindingSize", limits);
-  }
-  return Array.from({ length: rows / whole }, (_, item) => item * whole).flatMap((start) =>
-    chunks(whole, perRange).map(([first, length]) => ({ start: start + first, end: start + first + length }))
-  );
-}
-
-function chunks(count: number, atMost: number): [first: number, length: number][] {
-  return Array.from(
-    { length: Math.ceil(count / atMost) },
-    (_, i) => [i * atMost, Math.min(atMost, count - i * atMost)],
-  );
-}
-
 function packParams(
   blocks: readonly { readonly floats: readonly number[]; readonly words: readonly number[] }[],
 ): ArrayBuffer {
@@ -315,19 +271,4 @@ function packParams(
     new Uint32Array(packed, i * paramsStride + floats.length * 4, words.length).set(words.map((word) => word >>> 0));
   });
   return packed;
-}
-
-function checked(what: string, window: BindingWindow, limits: GpuLimits): BindingWindow {
-  checkBinding(what, window.size, limits);
-  return window;
-}
-
-function checkBinding(what: string, bytes: number, limits: GpuLimits): void {
-  if (bytes > limits.maxStorageBufferBindingSize) {
-    throw limitError(`${what} needs ${bytes} bytes`, "maxStorageBufferBindingSize", limits);
-  }
-}
-
-function limitError(what: string, limit: keyof GpuLimits, limits: GpuLimits): FlashMLAError {
-  return new FlashMLAError("limit", `Cannot run MLA on this device: ${what}, ${limit} is ${limits[limit]}`);
 }

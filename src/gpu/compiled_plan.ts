@@ -1,5 +1,5 @@
 // Plans made ready on a device: kernels compiled, parameters and schedules in GPU memory. They depend on shapes, layouts and
-// configuration alone and never change, so that calls alike share one: a warm call generates no WGSL and uploads nothing
+// configuration alone and never change, so that calls alike share one: a warm call uploads nothing
 // but its tensors.
 
 import type { FlashMLAConfig } from "../op/config.ts";
@@ -7,7 +7,7 @@ import type { MlaProblem } from "../op/mla_problem.ts";
 import { type AttentionPlan, attentionPlan, type Dispatch } from "./attention_plan.ts";
 import { BufferUsage } from "./buffers.ts";
 import { type GpuContext, unlessLost } from "./device.ts";
-import { checked } from "./error_scopes.ts";
+import { inErrorScopes } from "./error_scopes.ts";
 import type { OperandLayouts } from "./operand_layout.ts";
 
 /** The kernels of a plan, by name. */
@@ -50,8 +50,9 @@ export class PlanCache {
     layouts: OperandLayouts,
   ): Promise<{ readonly compiled: CompiledPlan; release(): void }> {
     const key = JSON.stringify([problem, config, layouts]);
-    const found = this.#kept.get(key) ??
-      this.#compile(attentionPlan(problem, config, this.#context.capabilities, layouts));
+    const kept = this.#kept.get(key);
+    const found = kept ?? this.#compile(attentionPlan(problem, config, this.#context.capabilities, layouts));
+    if (kept === undefined) found.catch(() => this.#kept.get(key) === found && this.#kept.delete(key));
     this.#kept.delete(key);
     this.#kept.set(key, found);
     this.#use(found, 1);
@@ -66,7 +67,6 @@ export class PlanCache {
     try {
       return { compiled: await unlessLost(this.#context, () => found), release };
     } catch (error) {
-      if (this.#kept.get(key) === found) this.#kept.delete(key);
       release();
       throw error;
     }
@@ -76,7 +76,7 @@ export class PlanCache {
     const { pipelines } = this.#context;
     const names = Object.keys(plan.kernels) as KernelName[];
     const compiled = await Promise.all(names.map((name) => pipelines.get(name, plan.kernels[name])));
-    return await checked(this.#context, "hold a plan", () => ({
+    return await inErrorScopes(this.#context, "hold a plan", () => ({
       plan,
       pipelines: Object.fromEntries(names.map((name, i) => [name, compiled[i]])) as CompiledPlan["pipelines"],
       params: this.#upload(BufferUsage.UNIFORM, plan.params),

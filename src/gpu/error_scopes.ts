@@ -13,7 +13,7 @@ import { settled } from "./settled.ts";
  * @returns What `work` returned.
  * @throws {FlashMLAError} With code `device` and the engine's message; memory that lies idle is freed when memory was short.
  */
-export async function checked<Result>(context: GpuContext, step: string, work: () => Result): Promise<Result> {
+export async function inErrorScopes<Result>(context: GpuContext, step: string, work: () => Result): Promise<Result> {
   const { device } = context;
   device.pushErrorScope("out-of-memory");
   device.pushErrorScope("internal");
@@ -40,6 +40,23 @@ export async function checked<Result>(context: GpuContext, step: string, work: (
     throw new FlashMLAError("device", `The GPU device could not ${step}: ${caught.message}`, { cause: caught });
   }
   return result;
+}
+
+/**
+ * The error for tensors that a device cannot use though their sizes, offsets and usages are right: they are of another one.
+ *
+ * @param what What cannot be done, after "Cannot".
+ * @param error What {@link inErrorScopes} threw.
+ * @returns Null for an error of another kind.
+ */
+export function foreignBuffer(what: string, error: unknown): FlashMLAError | null {
+  if (!(error instanceof FlashMLAError) || !/doesn't match|associated with/.test(error.message)) return null;
+  return new FlashMLAError(
+    "invalid-input",
+    `Cannot ${what}: a tensor's buffer is not of the device that runs the call; pass that device as options.device, or ` +
+      `tensors that name it. ${error.message}`,
+    { cause: error },
+  );
 }
 
 function isOutOfMemory(error: GPUError): boolean {

@@ -19,7 +19,7 @@ import {
 } from "../op/tensor.ts";
 import { BufferUsage } from "./buffers.ts";
 import { type GpuContext, gpuContext, unlessLost } from "./device.ts";
-import { checked } from "./error_scopes.ts";
+import { foreignBuffer, inErrorScopes } from "./error_scopes.ts";
 import { settled } from "./settled.ts";
 
 /** Allocates a dense tensor with arbitrary elements. */
@@ -150,7 +150,7 @@ export async function allocated(
   let made: OwnedGpuTensor | undefined;
   try {
     return await unlessLost(context, () =>
-      checked(context, "hold a tensor", () => {
+      inErrorScopes(context, "hold a tensor", () => {
         made = allocateTensor(context, shape, dtype);
         step(made);
         return made;
@@ -214,6 +214,9 @@ export async function toHost(tensor: GpuTensor, device?: GPUDevice): Promise<Ten
   if (device !== undefined && typeof device?.createBuffer !== "function") {
     refuse(`device must be a GPUDevice, got ${kindOf(device)}`);
   }
+  if (device !== undefined && tensor.device !== undefined && tensor.device !== device) {
+    refuse("it lies on another device than the one given");
+  }
   const context = await gpuContext(tensor.device ?? device);
   if (elementCount(shape) === 0) return zeros(shape, dtype);
   const bytes = elementBytes(dtype);
@@ -222,7 +225,7 @@ export async function toHost(tensor: GpuTensor, device?: GPUDevice): Promise<Ten
   const readback = context.buffers.acquire("readback", size);
   try {
     return await unlessLost(context, async () => {
-      await checked(context, "read the tensor", () => {
+      await inErrorScopes(context, "read the tensor", () => {
         const encoder = context.device.createCommandEncoder({ label: "flash-mla toHost" });
         encoder.copyBufferToBuffer(buffer, start, readback, 0, size);
         context.device.queue.submit([encoder.finish()]);
@@ -233,10 +236,13 @@ export async function toHost(tensor: GpuTensor, device?: GPUDevice): Promise<Ten
       const read = dtype === "f16" ? new Uint16Array(mapped) : new Float32Array(mapped);
       const dense = gather(read.subarray(first), shape, strides);
       readback.unmap();
+      context.buffers.release("readback", readback);
       return dense instanceof Uint16Array ? halfTensor(dense, shape) : { data: dense, shape };
     });
-  } finally {
-    context.buffers.release("readback", readback);
+  } catch (error) {
+    // It may be mapped or waiting for it: nobody may get it from the pool.
+    context.buffers.discard(readback);
+    throw foreignBuffer("copy tensor to the host", error) ?? error;
   }
 }
 

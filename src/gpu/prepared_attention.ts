@@ -7,7 +7,7 @@ import { elementBytes, elementCount, type F16Tensor, type Tensor } from "../op/t
 import type { Binding, Dispatch, Operand } from "./attention_plan.ts";
 import type { CompiledPlan, KernelName } from "./compiled_plan.ts";
 import { type GpuContext, unlessLost } from "./device.ts";
-import { checked } from "./error_scopes.ts";
+import { foreignBuffer, inErrorScopes } from "./error_scopes.ts";
 import type { StorageType } from "./operand_layout.ts";
 import type { ResidentCall } from "./resident_call.ts";
 import { settled } from "./settled.ts";
@@ -57,9 +57,9 @@ export class PreparedAttention {
   ): Promise<PreparedAttention> {
     const dispatches = await unlessLost(
       context,
-      () => checked(context, "bind the call's buffers", () => bindDispatches(context, compiled, call)),
+      () => inErrorScopes(context, "bind the call's buffers", () => bindDispatches(context, compiled, call)),
     ).catch((error) => {
-      throw foreignBuffer(error) ?? error;
+      throw foreignBuffer("run MLA", error) ?? error;
     });
     return new PreparedAttention(context, problem, compiled, call, dispatches);
   }
@@ -67,12 +67,25 @@ export class PreparedAttention {
   /** Runs the call once and waits until the engine has accepted it; the result is where the call put it. */
   async submit(): Promise<void> {
     await unlessLost(this.#context, () =>
-      checked(this.#context, "run its kernels", () => {
+      inErrorScopes(this.#context, "run its kernels", () => {
         const { device } = this.#context;
+        this.#call.checkAlive();
         const encoder = device.createCommandEncoder({ label: "flash-mla attention" });
         this.encode(encoder);
         device.queue.submit([encoder.finish()]);
       }));
+  }
+
+  /** Records the call into a caller's encoder. */
+  async record(encoder: GPUCommandEncoder): Promise<void> {
+    await inErrorScopes(this.#context, "record its kernels", () => {
+      this.#call.checkAlive();
+      this.encode(encoder);
+    }).catch((error) => {
+      if (!(error instanceof FlashMLAError) || error.code !== "device" || this.#context.lost() !== null) throw error;
+      const why = `encoder must be open, outside of any pass, and of the tensors' device (${error.message})`;
+      throw new FlashMLAError("invalid-input", `Cannot record MLA: ${why}`, { cause: error });
+    });
   }
 
   /** Runs the call once and reads the result back in float32. */
@@ -102,7 +115,8 @@ export class PreparedAttention {
     });
     try {
       await unlessLost(this.#context, async () => {
-        await checked(this.#context, "run its kernels", () => {
+        await inErrorScopes(this.#context, "run its kernels", () => {
+          this.#call.checkAlive();
           const encoder = device.createCommandEncoder({ label: "flash-mla attention" });
           this.encode(encoder);
           readbacks.forEach(({ bytes, buffer }, i) =>
@@ -112,13 +126,19 @@ export class PreparedAttention {
         });
         for (const { first, elements, bytes, buffer } of readbacks) {
           await settled(device, buffer.mapAsync(1, 0, bytes));
-          writeStored(target, first, buffer.getMappedRange(0, bytes), elements, stored);
-          buffer.unmap();
+          try {
+            writeStored(target, first, buffer.getMappedRange(0, bytes), elements, stored);
+          } finally {
+            buffer.unmap();
+          }
         }
       });
-    } finally {
-      for (const { buffer } of readbacks) buffers.release("readback", buffer);
+    } catch (error) {
+      // One may be mapped or waiting for it: nobody may get it from the pool.
+      for (const { buffer } of readbacks.splice(0)) buffers.discard(buffer);
+      throw error;
     }
+    for (const { buffer } of readbacks) buffers.release("readback", buffer);
   }
 
   /**
@@ -167,21 +187,19 @@ function writeStored(
   elements: number,
   stored: StorageType,
 ): void {
+  if (target.data.length < start + elements) {
+    throw new FlashMLAError(
+      "invalid-input",
+      `Cannot run MLA: out needs ${
+        start + elements
+      } elements or more, its data has ${target.data.length} by now: it was ` +
+        "transferred or resized during the call",
+    );
+  }
   if (stored === "f32") return writeFloats(target, new Float32Array(bytes, 0, elements), start);
   const bits = new Uint16Array(bytes, 0, elements);
   if (target.dtype === "f16") halfBits(target.data).set(bits, start);
   else target.data.set(toFloats({ data: bits, shape: [elements], dtype: "f16" }).data, start);
-}
-
-/** Sizes, offsets and usages were checked before: what cannot be bound is of another device, or destroyed. */
-function foreignBuffer(error: unknown): FlashMLAError | null {
-  if (!(error instanceof FlashMLAError) || !/match|associated/.test(error.message)) return null;
-  return new FlashMLAError(
-    "invalid-input",
-    "Cannot run MLA: a tensor's buffer is not of the device that runs the call; pass that device as options.device, or " +
-      `tensors that name it. ${error.message}`,
-    { cause: error },
-  );
 }
 
 function bindDispatches(context: GpuContext, compiled: CompiledPlan, call: ResidentCall): BoundDispatch[] {

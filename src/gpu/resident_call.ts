@@ -1,6 +1,7 @@
 // A call's memory on the GPU: its inputs, in the caller's buffers or uploaded, and the scratch and outputs that its kernels
 // write. Every configuration that is tried on the call shares them, since none depends on the tile.
 
+import { FlashMLAError } from "../op/errors.ts";
 import { halfBits, toFloats } from "../op/half.ts";
 import { type MlaInputs, type MlaProblem, tensorNames } from "../op/mla_problem.ts";
 import {
@@ -15,7 +16,7 @@ import {
 import type { AttentionPlan, Operand } from "./attention_plan.ts";
 import { type GpuContext, unlessLost } from "./device.ts";
 import { type Scratch, scratchFor } from "./encoder_scratch.ts";
-import { checked } from "./error_scopes.ts";
+import { inErrorScopes } from "./error_scopes.ts";
 import { type HalfCopy, halfCopy, halfPipeline } from "./half_copy.ts";
 import { emptyBinding, type LaidOut, type StorageType } from "./operand_layout.ts";
 import type { RowRange } from "./schedule.ts";
@@ -41,11 +42,17 @@ export class ResidentCall {
   readonly #buffers = new Map<Operand, GPUBuffer[]>();
   readonly #borrowed: GPUBuffer[] = [];
   readonly #scratch: Scratch;
+  readonly #tensors: readonly (readonly [name: string, tensor: AnyTensor])[];
   readonly #before: HalfCopy[] = [];
   readonly #after: HalfCopy[] = [];
 
-  private constructor(context: GpuContext, copyKernels: CopyKernels, scratch: Scratch) {
+  private constructor(context: GpuContext, tensors: CallTensors, copyKernels: CopyKernels, scratch: Scratch) {
     this.#context = context;
+    const { inputs, out } = tensors;
+    this.#tensors = [
+      ...tensorNames.flatMap((name) => inputs[name] === undefined ? [] : [[name, inputs[name]] as const]),
+      ...(out === undefined ? [] : [["out", out] as const]),
+    ];
     this.#scratch = scratch;
     this.#copyKernels = copyKernels;
   }
@@ -67,11 +74,11 @@ export class ResidentCall {
     encoder?: GPUCommandEncoder,
   ): Promise<ResidentCall> {
     const kernels = await copyKernels(context, tensors, plan);
-    const call = new ResidentCall(context, kernels, scratchFor(context, encoder));
+    const call = new ResidentCall(context, tensors, kernels, scratchFor(context, encoder));
     try {
       await unlessLost(
         context,
-        () => checked(context, "hold the call's tensors", () => call.#fill(problem, tensors, plan)),
+        () => inErrorScopes(context, "hold the call's tensors", () => call.#fill(problem, tensors, plan)),
       );
     } catch (error) {
       // Any of the buffers may be one that the device refused: nobody may get it from the pool.
@@ -87,6 +94,20 @@ export class ResidentCall {
   get(operand: Operand, range: number): GPUBuffer | undefined {
     const buffers = this.#buffers.get(operand);
     return buffers?.[Math.min(range, buffers.length - 1)];
+  }
+
+  /**
+   * Throws when a tensor was disposed of meanwhile: its buffer may be another tensor's by now. To be asked in the same turn
+   * as the submission, which the buffer outlives.
+   *
+   * @throws {FlashMLAError} With code `invalid-input`.
+   */
+  checkAlive(): void {
+    for (const [name, tensor] of this.#tensors) {
+      if (!isGpuTensor(tensor) || tensor.disposed !== true) continue;
+      const why = `${name} was disposed of while the call was under way; await the call first`;
+      throw new FlashMLAError("invalid-input", `Cannot run MLA: ${why}`);
+    }
   }
 
   /** Records what has to happen before the kernels. */

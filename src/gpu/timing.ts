@@ -18,6 +18,7 @@ export function timingMethod(context: GpuContext): Promise<TimingMethod> {
   if (method === undefined) {
     method = context.capabilities.timestamps !== "none" ? calibrate(context) : Promise.resolve("wall");
     methods.set(context, method);
+    method.catch(() => methods.delete(context));
   }
   return method;
 }
@@ -62,9 +63,13 @@ async function timeByTimestamps(context: GpuContext, record: Recorder, repeats: 
     await settled(device, readback.mapAsync(1, 0, 16));
     const [begin, end] = new BigUint64Array(readback.getMappedRange(0, 16));
     readback.unmap();
-    return Number(end - begin) / 1e6;
-  } finally {
     buffers.release("readback", readback);
+    return Number(end - begin) / 1e6;
+  } catch (error) {
+    // It may be mapped or waiting for it: nobody may get it from the pool.
+    buffers.discard(readback);
+    throw error;
+  } finally {
     resolved.destroy();
     querySet.destroy();
   }

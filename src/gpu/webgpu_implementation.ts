@@ -3,7 +3,7 @@
 
 import type { FlashMLAConfig } from "../op/config.ts";
 import { FlashMLAError } from "../op/errors.ts";
-import { zeros } from "../op/half.ts";
+import { toFloats, writeFloats, zeros } from "../op/half.ts";
 import type { EncodedCall, MlaImplementation, MlaTarget, MlaTrial } from "../op/implementation.ts";
 import type { MlaEvent } from "../op/mla_event.ts";
 import { type MlaInputs, type MlaProblem, outputShape, tensorNames } from "../op/mla_problem.ts";
@@ -15,12 +15,12 @@ import { deviceFingerprint } from "./capabilities.ts";
 import { planCache } from "./compiled_plan.ts";
 import { type GpuContext, gpuContext, hasAdapter } from "./device.ts";
 import { allocated } from "./gpu_tensor.ts";
-import { checked } from "./error_scopes.ts";
 import { type OperandLayouts, operandLayouts, type StorageType } from "./operand_layout.ts";
+import { mostKeyRows } from "./key_rows.ts";
 import { PreparedAttention } from "./prepared_attention.ts";
 import { ResidentCall } from "./resident_call.ts";
 import { clockProbe, timingMethod } from "./timing.ts";
-import { type CallMemory, ownCall, sharedCall } from "./tuned_calls.ts";
+import { type CallMemory, ownCall, sharedCall } from "./call_memory.ts";
 
 /** The operation in WGSL, on the process's own device or the caller's. */
 export const webgpuImplementation: MlaImplementation = {
@@ -84,10 +84,15 @@ class WebGpuTarget implements MlaTarget {
     }
     const shape = outputShape(problem);
     const result = out as Tensor | F16Tensor | undefined ?? zeros(shape, dtype);
-    for (const part of this.#plannedPieces(problem, inputs, cfg, dtype)) {
+    const parts = this.#plannedPieces(problem, inputs, cfg, dtype);
+    // Pieces read the inputs one after another: a result in memory of theirs is written when all have been read.
+    const apart = parts.length > 1 && sharesMemory(inputs, result);
+    const target = apart ? zeros(shape, dtype) : result;
+    for (const part of parts) {
       const { prepared, dispose } = await this.#prepare(part, cfg, dtype);
-      await prepared.outputInto(result, part.queryRow * shape[2] * shape[3]).finally(dispose);
+      await prepared.outputInto(target, part.queryRow * shape[2] * shape[3]).finally(dispose);
     }
+    if (apart) writeFloats(result, toFloats(target).data);
     return result;
   }
 
@@ -103,7 +108,7 @@ class WebGpuTarget implements MlaTarget {
     try {
       const output = await this.#onGpu(problem, inputs, cfg, out, async (ready) => {
         held.push(ready);
-        await checked(this.#context, "record its kernels", () => ready.prepared.encode(encoder));
+        await ready.prepared.record(encoder);
       }, encoder);
       return { output, dispose };
     } catch (error) {
@@ -175,15 +180,8 @@ class WebGpuTarget implements MlaTarget {
   }
 
   #pieces(problem: MlaProblem, inputs: MlaInputs, out?: GpuTensor): Piece[] {
-    const { kvLoraRank, qkNopeHeadDim, qkRopeHeadDim, vHeadDim, keyLength, batch } = problem;
-    const { keyValue, bK } = this.#layouts(problem, inputs, "f32");
-    const widths = [kvLoraRank, qkNopeHeadDim, qkRopeHeadDim, vHeadDim];
-    for (const layout of [keyValue, bK]) {
-      // Batch items that lie apart count with what lies between them.
-      if (layout?.resident) widths.push(layout.row, batch > 1 ? layout.batch / Math.max(1, keyLength) : 0);
-    }
     const limit = this.#context.capabilities.limits.maxStorageBufferBindingSize;
-    const parts = pieces(problem, inputs, Math.floor(limit / (4 * Math.max(...widths))), out);
+    const parts = pieces(problem, inputs, mostKeyRows(problem, inputs, limit), out);
     return parts.filter(({ problem: { batch, queryLength } }) => batch * queryLength > 0);
   }
 
@@ -233,8 +231,12 @@ class WebGpuTarget implements MlaTarget {
     const message =
       `The GPU device "${this.#context.capabilities.adapter}" has no half precision (shader-f16): tensors ` +
       "of halves are computed with as float32, in twice the memory. Results are the same to within rounding.";
-    if (this.#onEvent === undefined) console.warn(message);
-    else this.#onEvent({ code: "f16-converted", message });
+    if (this.#onEvent === undefined) return console.warn(message);
+    try {
+      this.#onEvent({ code: "f16-converted", message });
+    } catch {
+      // A listener's failure is no reason to stop computing.
+    }
   }
 }
 
@@ -244,6 +246,14 @@ const told = new WeakSet<GpuContext>();
 /** The element type of a result: that of the tensor that takes it, or of the query. bfloat16 gives float32. */
 function resultType(inputs: MlaInputs, out: AnyTensor | undefined = undefined): StorageType {
   return dtypeOf(out ?? inputs.query) === "f16" ? "f16" : "f32";
+}
+
+/** Whether a host tensor lies in the same memory as an input. */
+function sharesMemory(inputs: MlaInputs, result: Tensor | F16Tensor): boolean {
+  return tensorNames.some((name) => {
+    const tensor = inputs[name];
+    return tensor !== undefined && !isGpuTensor(tensor) && tensor.data.buffer === result.data.buffer;
+  });
 }
 
 /** Throws when a result would be written to a buffer that is also read. */

@@ -115,8 +115,9 @@ export function mlaProblem(inputs: MlaInputs, options: MlaMathOptions = {}): Mla
 
   for (const [name, weight] of Object.entries({ wKc, wVc })) {
     const { strides } = weight as { strides?: readonly number[] };
-    if (strides !== undefined && strides.join() !== denseStrides(weight.shape).join()) {
-      fail(`${name} has strides [${strides}], weights must be dense: [${denseStrides(weight.shape)}]`);
+    const dense = denseStrides(weight.shape);
+    if (strides?.some((stride, axis) => stride !== dense[axis] && weight.shape[axis] > 1)) {
+      fail(`${name} has strides [${strides}], weights must be dense: [${dense}]`);
     }
   }
   const positive = { queryHeads, kvLoraRank, kvHeads, qkNopeHeadDim, vHeadDim };
@@ -207,7 +208,17 @@ export function snapshot(inputs: MlaInputs): MlaInputs {
 export function holdTensor(tensor: AnyTensor): AnyTensor {
   if ("data" in tensor) return { data: tensor.data, shape: [...tensor.shape], dtype: tensor.dtype } as HostTensor;
   const { buffer, shape, dtype, offset, strides, device } = tensor;
-  return { buffer, shape: [...shape], dtype, offset, strides: strides && [...strides], device };
+  return {
+    buffer,
+    shape: [...shape],
+    dtype,
+    offset,
+    strides: strides && [...strides],
+    device,
+    get disposed() {
+      return tensor.disposed;
+    },
+  };
 }
 
 /**
@@ -232,7 +243,9 @@ export function checkOut(out: AnyTensor, problem: MlaProblem): void {
   const expected = outputShape(problem);
   if (out.shape.join() !== expected.join()) fail(`out has shape [${out.shape}], the result has [${expected}]`);
   if (dtypeOf(out) === "bf16") fail('out has dtype "bf16", expected "f32" or "f16"');
-  if (isGpuTensor(out) && overlaps(out)) fail(`out has strides [${out.strides}], which give two elements one place`);
+  if (isGpuTensor(out) && overlaps(out)) {
+    fail(`out has strides [${out.strides}], which may give two elements one place`);
+  }
 }
 
 /** The shape of the result, `[batch, queryLength, queryHeads, vHeadDim]`. */

@@ -85,7 +85,18 @@ function rows(tensor: AnyTensor, axis: 0 | 1, first: number, length: number): An
   const start = first * strides[axis];
   if (isGpuTensor(tensor)) {
     const { offset = 0, dtype } = tensor;
-    return { ...tensor, shape, strides, offset: offset + start * elementBytes(dtype) };
+    const { buffer, device } = tensor;
+    return {
+      buffer,
+      dtype,
+      device,
+      shape,
+      strides,
+      offset: offset + start * elementBytes(dtype),
+      get disposed() {
+        return tensor.disposed;
+      },
+    };
   }
   const end = (first + length) * strides[axis];
   return { data: (tensor.data as Float32Array).subarray(start, end), shape, dtype: tensor.dtype } as HostTensor;

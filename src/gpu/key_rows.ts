@@ -1,0 +1,41 @@
+// How many key rows a call may have before it is cut into pieces.
+
+import type { MlaInputs, MlaProblem } from "../op/mla_problem.ts";
+import { isGpuTensor } from "../op/tensor.ts";
+import { residentLayout, rowWindow } from "./operand_layout.ts";
+
+/** A later piece may begin up to so many bytes into its window. */
+const slack = 252;
+
+/**
+ * The most key rows, counted through all batch items, whose tensors and expanded keys and values each fit a binding.
+ *
+ * @param problem The call's dimensions.
+ * @param inputs The call's tensors.
+ * @param limit Bytes that one binding may cover.
+ * @returns Rows of whole batch items, or of packed sequences; at least those of one item, which cannot be cut.
+ */
+export function mostKeyRows(problem: MlaProblem, inputs: MlaInputs, limit: number): number {
+  const { batch, keyLength, kvLoraRank, qkNopeHeadDim, qkRopeHeadDim, vHeadDim } = problem;
+  const rows = batch * keyLength;
+  const fits = (count: number): boolean => {
+    if (count * Math.max(qkNopeHeadDim, vHeadDim) * 4 > limit) return false;
+    return ([[inputs.keyValue, kvLoraRank], [inputs.bK, qkRopeHeadDim]] as const).every(([tensor, width]) => {
+      if (tensor === undefined || width === 0) return true;
+      // What is no half on the host is uploaded as float32.
+      if (!isGpuTensor(tensor)) return count * width * 4 <= limit;
+      const { size } = rowWindow(residentLayout(tensor), keyLength, 0, count, width);
+      return size + (count < rows ? slack : 0) <= limit;
+    });
+  };
+  if (fits(rows)) return rows;
+  // Packed sequences may end anywhere; batch items are whole.
+  const unit = problem.cuSeqlens === null ? keyLength : 1;
+  let [most, least] = [rows / unit, 1];
+  while (least < most) {
+    const middle = Math.ceil((least + most) / 2);
+    if (fits(middle * unit)) least = middle;
+    else most = middle - 1;
+  }
+  return least * unit;
+}

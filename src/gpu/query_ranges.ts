@@ -1,0 +1,54 @@
+// Cutting a call's queries and outputs into ranges of rows that each fit one binding.
+
+import type { MlaProblem } from "../op/mla_problem.ts";
+import type { GpuLimits } from "./capabilities.ts";
+import { limitError } from "./limit_checks.ts";
+import { batchGap, type OperandLayout, type OperandLayouts, rowWindow } from "./operand_layout.ts";
+import type { RowRange } from "./schedule.ts";
+
+/** Elements from the first to one past the last of a row of queries or outputs, all heads included. */
+export function rowWidth(layout: OperandLayout, problem: MlaProblem, which: "query" | "output"): number {
+  const { queryHeads, qkNopeHeadDim, qkRopeHeadDim, vHeadDim, rope } = problem;
+  const headDim = which === "output" ? vHeadDim : qkNopeHeadDim + (rope === "in_query" ? qkRopeHeadDim : 0);
+  return (queryHeads - 1) * layout.head + headDim;
+}
+
+/** Ranges of query rows whose queries and outputs each fit one binding. */
+export function splitQueries(problem: MlaProblem, layouts: OperandLayouts, limits: GpuLimits): RowRange[] {
+  const { batch, queryLength, qkRopeHeadDim } = problem;
+  const { query, output, bQ } = layouts as Required<OperandLayouts>;
+  const split = [
+    { layout: query, width: rowWidth(query, problem, "query") },
+    { layout: output, width: rowWidth(output, problem, "output") },
+    ...(problem.rope === "shared" ? [{ layout: bQ, width: qkRopeHeadDim }] : []),
+  ];
+  const limit = limits.maxStorageBufferBindingSize;
+  const fits = (start: number, end: number) =>
+    split.every(({ layout, width }) => {
+      // A later range may begin up to 252 bytes into its window.
+      const slack = layout.resident && start + end < batch * queryLength ? 252 : 0;
+      return rowWindow(layout, queryLength, start, end, width).size + slack <= limit;
+    });
+  // The largest power-of-two share of a batch item that fits; without gaps, rows of several items make one range.
+  const rows = batch * queryLength;
+  if (fits(0, rows)) return [{ start: 0, end: rows }];
+  const whole = split.every(({ layout }) => batchGap(layout, queryLength) === 0) ? rows : queryLength;
+  let perRange = whole;
+  while (perRange > 1 && !fits(0, perRange)) perRange = Math.ceil(perRange / 2);
+  if (!fits(0, perRange)) {
+    const [bytes] = split.map(({ layout, width }) => rowWindow(layout, queryLength, 0, 1, width).size)
+      .sort((a, b) => b - a);
+    throw limitError(`one row of query or output needs ${bytes} bytes`, "maxStorageBufferBindingSize", limits);
+  }
+  return Array.from({ length: rows / whole }, (_, item) => item * whole).flatMap((start) =>
+    chunks(whole, perRange).map(([first, length]) => ({ start: start + first, end: start + first + length }))
+  );
+}
+
+/** Cuts `count` things into runs of at most `atMost`. */
+export function chunks(count: number, atMost: number): [first: number, length: number][] {
+  return Array.from(
+    { length: Math.ceil(count / atMost) },
+    (_, i) => [i * atMost, Math.min(atMost, count - i * atMost)],
+  );
+}

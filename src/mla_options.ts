@@ -1,0 +1,67 @@
+// What a call says beside its tensors: mask, scale, place and configuration.
+
+import type { MlaExecutor } from "./flash_mla.ts";
+import type { FlashMLAConfig } from "./op/config.ts";
+import { FlashMLAError } from "./op/errors.ts";
+import type { MlaEvent } from "./op/mla_event.ts";
+import { type MlaInputs, type MlaMathOptions, tensorNames } from "./op/mla_problem.ts";
+import type { Platform } from "./op/platform.ts";
+import { type AnyTensor, isGpuTensor, kindOf } from "./op/tensor.ts";
+
+/** The options of one call. */
+export interface MlaOptions extends MlaMathOptions {
+  /** Where to run; `auto`, the default, takes WebGPU where there is an adapter and the reference elsewhere. */
+  readonly platform?: Platform | "auto";
+  /** A configuration for this call only; chosen by the executor's chain when absent. */
+  readonly cfg?: FlashMLAConfig;
+  /** What chooses the configuration; {@link defaultExecutor} when absent. */
+  readonly executor?: MlaExecutor;
+  /** The WebGPU device to run on; that of the tensors, or the process's own, opened on first use, when absent. */
+  readonly device?: GPUDevice;
+  /** Hears of what the call's user may want to know, once per device; a line on the console when absent. */
+  readonly onEvent?: (event: MlaEvent) => void;
+}
+
+/** The options of one call, with the tensor that takes the result. */
+export interface MlaCallOptions<Out extends AnyTensor = AnyTensor> extends MlaOptions {
+  /**
+   * The tensor that takes the result, `[batch, queryLength, queryHeads, vHeadDim]` in float32 or halves, written in place
+   * and returned. On a GPU it needs a buffer that no input lies in. When absent, the result is a new tensor like the query.
+   */
+  readonly out?: Out;
+}
+
+const knownOptions = ["softmaxScale", "causal", "platform", "cfg", "executor", "device", "out", "onEvent"];
+
+/** Throws when an option is unknown or of the wrong kind. */
+export function checkOptions(options: MlaOptions): void {
+  const refuse = (why: string) => {
+    throw new FlashMLAError("invalid-input", `Cannot run MLA: ${why}`);
+  };
+  for (const name of Object.keys(options)) {
+    if (!knownOptions.includes(name)) refuse(`unknown option "${name}"; known are ${knownOptions.join(", ")}`);
+  }
+  const { device, cfg, onEvent } = options;
+  if (onEvent !== undefined && typeof onEvent !== "function") {
+    refuse(`onEvent must be a function, got ${kindOf(onEvent)}`);
+  }
+  if (device !== undefined && typeof device?.createBuffer !== "function") {
+    refuse(`device must be a GPUDevice, got ${kindOf(device)}`);
+  }
+  if (cfg !== undefined && (typeof cfg !== "object" || cfg === null)) {
+    refuse(`cfg must be a FlashMLAConfig, got ${kindOf(cfg)}`);
+  }
+}
+
+/** The device that a call's tensors and options name, if any. */
+export function deviceOf(inputs: MlaInputs, { device, out }: MlaCallOptions): GPUDevice | undefined {
+  let [owner, found] = ["options.device", device];
+  for (const [name, tensor] of [...tensorNames.map((name) => [name, inputs[name]] as const), ["out", out] as const]) {
+    if (tensor === undefined || !isGpuTensor(tensor) || tensor.device === undefined) continue;
+    if (found !== undefined && tensor.device !== found) {
+      throw new FlashMLAError("invalid-input", `Cannot run MLA: ${name} lies on another device than ${owner}`);
+    }
+    [owner, found] = [name, tensor.device];
+  }
+  return found;
+}
