@@ -9,6 +9,7 @@ import type { CacheHealth, Capabilities } from "../mod.ts";
 import { currentRuntime } from "../src/environment.ts";
 import { defaultLimits } from "../src/gpu/capabilities.ts";
 import { hintsFor } from "../tools/doctor_hints.ts";
+import { noDawn } from "./support/dawn.ts";
 import { skip } from "./support/gpu.ts";
 
 const { name: runtime, version } = currentRuntime();
@@ -62,7 +63,7 @@ describe("the doctor, as a process,", { skip: notHere }, () => {
     timeout,
   }, async () => assertHealthy(await doctor({ FLASH_MLA_ENGINE: "native" }), `wgpu (Deno ${version})`));
 
-  test("finds Dawn healthy", { skip, timeout }, async () => {
+  test("finds Dawn healthy", { skip: noDawn, timeout }, async () => {
     assertHealthy(await doctor({ FLASH_MLA_ENGINE: "dawn" }), `Dawn (webgpu 0.6.2, ${runtime} ${version})`);
   });
 

@@ -64,7 +64,7 @@ const matrix = summary();
 console.log(`\n── ${quick ? "summary" : "what ran where"} ──\n${matrix}\n`);
 if (quick) {
   console.log(
-    "Left out: tests of GPU, browser and demo, other runtimes, TypeScript's own compiler, documentation, package",
+    "Left out: tests of GPU, browser, demo and examples, other runtimes, TypeScript's own compiler, documentation, package",
   );
   console.log("(deno task test).");
 }
@@ -164,11 +164,12 @@ function deno(...args: string[]): Promise<Ended> {
   return run(Deno.execPath(), args);
 }
 
-/** The test files to run: those that were asked for, else all, or in a quick run all but those of GPU, browser and demo. */
+/** The test files to run: those that were asked for, else all, or in a quick run all but those of GPU, browser, demo and
+ * examples. */
 function testFiles(chosen: readonly string[]): string[] {
   if (chosen.length > 0) return [...chosen];
   const names = readdirSync("tests").filter((name) =>
-    name.endsWith("_test.ts") && !(quick && /^(gpu|browser|demo)_/.test(name))
+    name.endsWith("_test.ts") && !(quick && /^(gpu|browser|demo|examples)_/.test(name))
   );
   return names.sort().map((name) => `tests/${name}`);
 }
