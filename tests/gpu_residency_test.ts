@@ -131,10 +131,8 @@ describe("toGpu() and toHost()", { skip }, () => {
 
   test("refuse what lies on the other side already", async () => {
     const there = await toGpu(inputs.query);
-    // deno-lint-ignore no-explicit-any -- a mistake that types would catch
-    await assertRejects(() => toGpu(there as any), FlashMLAError, "it lies on a GPU already");
-    // deno-lint-ignore no-explicit-any -- a mistake that types would catch
-    await assertRejects(() => toHost(inputs.query as any), FlashMLAError, "a tensor on the host");
+    await assertRejects(() => toGpu(there as never), FlashMLAError, "it lies on a GPU already");
+    await assertRejects(() => toHost(inputs.query as never), FlashMLAError, "a tensor on the host");
     there.dispose();
     there.dispose();
     await assertRejects(() => toHost(there), FlashMLAError, "disposed");
@@ -432,8 +430,10 @@ describe("encodeMlaAttention()", { skip }, () => {
         () => encodeMlaAttention({} as GPUCommandEncoder, inputs, { ...options, cfg }),
         "encoder must be a GPUCommandEncoder",
       ],
-      // deno-lint-ignore no-explicit-any -- a mistake that types would catch
-      [() => encodeMlaAttention(encoder, inputs, { ...options, cfg, out: expected as any }), "out must lie on the GPU"],
+      [
+        () => encodeMlaAttention(encoder, inputs, { ...options, cfg, out: expected as never }),
+        "out must lie on the GPU",
+      ],
       [() => encodeMlaAttention(encoder, inputs, { ...options, platform: "reference" }), "has nothing to record"],
     ];
     for (const [call, message] of wrong) await assertRejects(call, FlashMLAError, message);

@@ -17,6 +17,7 @@ import {
   type SelectionEvent,
   type Tensor,
 } from "../../mod.ts";
+import { relL2 } from "../relative_error.ts";
 import { Oracle } from "./oracle.ts";
 import { v2LiteInputs } from "./v2_lite.ts";
 
@@ -126,14 +127,4 @@ export class Measurement {
 
 function median(values: readonly number[]): number {
   return values.toSorted((a, b) => a - b)[values.length >> 1];
-}
-
-function relL2(actual: Float32Array, expected: Float32Array): number {
-  let difference = 0;
-  let norm = 0;
-  for (let i = 0; i < expected.length; i++) {
-    difference += (actual[i] - expected[i]) ** 2;
-    norm += expected[i] ** 2;
-  }
-  return Math.sqrt(difference / norm);
 }

@@ -1,6 +1,5 @@
 // Plans made ready on a device: kernels compiled, parameters and schedules in GPU memory. They depend on shapes, layouts and
-// configuration alone and never change, so that calls alike share one: a warm call uploads nothing
-// but its tensors.
+// configuration alone and never change, so that calls alike share one: a warm call uploads nothing but its tensors.
 
 import type { FlashMLAConfig } from "../op/config.ts";
 import type { MlaProblem } from "../op/mla_problem.ts";

@@ -23,7 +23,7 @@ import { foreignBuffer, inErrorScopes } from "./error_scopes.ts";
 import { settled } from "./settled.ts";
 
 /** Allocates a dense tensor with arbitrary elements. */
-export function allocateTensor(
+function allocateTensor(
   context: GpuContext,
   shape: readonly number[],
   dtype: "f32" | "f16",

@@ -2,10 +2,7 @@
 
 import type { MlaInputs, MlaProblem } from "../op/mla_problem.ts";
 import { isGpuTensor } from "../op/tensor.ts";
-import { residentLayout, rowWindow } from "./operand_layout.ts";
-
-/** A later piece may begin up to so many bytes into its window. */
-const slack = 252;
+import { residentLayout, rowWindow, windowSlack } from "./operand_layout.ts";
 
 /**
  * The most key rows, counted through all batch items, whose tensors and expanded keys and values each fit a binding.
@@ -22,10 +19,11 @@ export function mostKeyRows(problem: MlaProblem, inputs: MlaInputs, limit: numbe
     if (count * Math.max(qkNopeHeadDim, vHeadDim) * 4 > limit) return false;
     return ([[inputs.keyValue, kvLoraRank], [inputs.bK, qkRopeHeadDim]] as const).every(([tensor, width]) => {
       if (tensor === undefined || width === 0) return true;
-      // What is no half on the host is uploaded as float32.
+      // Uploads are counted as float32, which halves may have to become.
       if (!isGpuTensor(tensor)) return count * width * 4 <= limit;
       const { size } = rowWindow(residentLayout(tensor), keyLength, 0, count, width);
-      return size + (count < rows ? slack : 0) <= limit;
+      // A later piece may begin within its window.
+      return size + (count < rows ? windowSlack : 0) <= limit;
     });
   };
   if (fits(rows)) return rows;

@@ -47,8 +47,11 @@ export const emptyBinding = 16;
 /** WebGPU's strictest alignment of a binding's offset. */
 const bindingAlignment = 256;
 
+/** Bytes by which the window of a part may be longer than that of an equally long part that begins aligned. */
+export const windowSlack = 252;
+
 /** A dense tensor in memory of ours. */
-export function denseLayout(shape: readonly number[], dtype: StorageType): OperandLayout {
+function denseLayout(shape: readonly number[], dtype: StorageType): OperandLayout {
   return { dtype, resident: false, offset: 0, ...axes(shape, denseStrides(shape)) };
 }
 

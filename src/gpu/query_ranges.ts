@@ -3,7 +3,7 @@
 import type { MlaProblem } from "../op/mla_problem.ts";
 import type { GpuLimits } from "./capabilities.ts";
 import { limitError } from "./limit_checks.ts";
-import { batchGap, type OperandLayout, type OperandLayouts, rowWindow } from "./operand_layout.ts";
+import { batchGap, type OperandLayout, type OperandLayouts, rowWindow, windowSlack } from "./operand_layout.ts";
 import type { RowRange } from "./schedule.ts";
 
 /** Elements from the first to one past the last of a row of queries or outputs, all heads included. */
@@ -23,19 +23,19 @@ export function splitQueries(problem: MlaProblem, layouts: OperandLayouts, limit
     ...(problem.rope === "shared" ? [{ layout: bQ, width: qkRopeHeadDim }] : []),
   ];
   const limit = limits.maxStorageBufferBindingSize;
-  const fits = (start: number, end: number) =>
+  const fits = (count: number) =>
     split.every(({ layout, width }) => {
-      // A later range may begin up to 252 bytes into its window.
-      const slack = layout.resident && start + end < batch * queryLength ? 252 : 0;
-      return rowWindow(layout, queryLength, start, end, width).size + slack <= limit;
+      // A later range may begin within its window.
+      const slack = layout.resident && count < batch * queryLength ? windowSlack : 0;
+      return rowWindow(layout, queryLength, 0, count, width).size + slack <= limit;
     });
   // The largest power-of-two share of a batch item that fits; without gaps, rows of several items make one range.
   const rows = batch * queryLength;
-  if (fits(0, rows)) return [{ start: 0, end: rows }];
+  if (fits(rows)) return [{ start: 0, end: rows }];
   const whole = split.every(({ layout }) => batchGap(layout, queryLength) === 0) ? rows : queryLength;
   let perRange = whole;
-  while (perRange > 1 && !fits(0, perRange)) perRange = Math.ceil(perRange / 2);
-  if (!fits(0, perRange)) {
+  while (perRange > 1 && !fits(perRange)) perRange = Math.ceil(perRange / 2);
+  if (!fits(perRange)) {
     const [bytes] = split.map(({ layout, width }) => rowWindow(layout, queryLength, 0, 1, width).size)
       .sort((a, b) => b - a);
     throw limitError(`one row of query or output needs ${bytes} bytes`, "maxStorageBufferBindingSize", limits);

@@ -146,11 +146,11 @@ class WebGpuTarget implements MlaTarget {
     if (out !== undefined) checkBuffers(inputs, out);
     const dtype = resultType(inputs, out);
     // Limits are told before memory is taken.
-    if (out === undefined) this.#plannedPieces(problem, inputs, cfg, dtype);
+    const planned = this.#plannedPieces(problem, inputs, cfg, dtype, out);
     const own = out === undefined ? await allocated(this.#context, outputShape(problem), dtype) : null;
     const result = out ?? own!;
     try {
-      for (const part of this.#plannedPieces(problem, inputs, cfg, dtype, result)) {
+      for (const part of own === null ? planned : this.#pieces(problem, inputs, own)) {
         await work(await this.#prepare(part, cfg, part.out as GpuTensor, { encoder }));
       }
       return result;

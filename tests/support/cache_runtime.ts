@@ -109,7 +109,8 @@ async function javaScriptCopy(addPackages: (path: string) => void): Promise<stri
   return folder;
 }
 
-async function toJavaScript(source: string): Promise<string> {
+/** TypeScript as JavaScript that Node 20 runs; imports of `.ts` files become imports of `.js` files. */
+export async function toJavaScript(source: string): Promise<string> {
   const { default: ts } = await import("typescript");
   const compilerOptions = {
     target: ts.ScriptTarget.ES2022,

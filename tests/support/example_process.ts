@@ -14,7 +14,7 @@ import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import process from "node:process";
 import { fileURLToPath } from "node:url";
-import { programOf, type Runtime, runtime } from "./cache_runtime.ts";
+import { programOf, type Runtime, runtime, toJavaScript } from "./cache_runtime.ts";
 import { spawn } from "node:child_process";
 
 const ROOT = fileURLToPath(new URL("../..", import.meta.url));
@@ -102,13 +102,6 @@ function once<T>(make: () => T): () => T {
 
 /** Sources and examples as JavaScript, in a folder that goes with this process. */
 async function javaScriptCopy(addPackages: (path: string) => void): Promise<string> {
-  const { default: ts } = await import("typescript");
-  const compilerOptions = {
-    target: ts.ScriptTarget.ES2022,
-    module: ts.ModuleKind.ESNext,
-    verbatimModuleSyntax: true,
-    rewriteRelativeImportExtensions: true,
-  };
   const folder = mkdtempSync(join(tmpdir(), "flash-mla-examples-"));
   process.on("exit", () => rmSync(folder, { recursive: true, force: true }));
   const names = (under: string, recursive: boolean) =>
@@ -117,7 +110,7 @@ async function javaScriptCopy(addPackages: (path: string) => void): Promise<stri
     if (!file.endsWith(".ts")) continue;
     const target = join(folder, file.replace(/\.ts$/, ".js"));
     mkdirSync(dirname(target), { recursive: true });
-    writeFileSync(target, ts.transpileModule(readFileSync(join(ROOT, file), "utf8"), { compilerOptions }).outputText);
+    writeFileSync(target, await toJavaScript(readFileSync(join(ROOT, file), "utf8")));
   }
   writeFileSync(join(folder, "package.json"), '{ "type": "module" }');
   addPackages(join(folder, "node_modules"));
