@@ -2,8 +2,9 @@
  * What the user of a call may want to know:
  *
  * - `f16-converted`: the device has no half precision; tensors of halves are computed with as float32.
+ * - `mask-ignored`: both `bias` and `attentionMask` were given; the bias holds, as in ejkernel.
  */
-export type MlaEventCode = "f16-converted";
+export type MlaEventCode = "f16-converted" | "mask-ignored";
 
 /** Something worth telling about a call. The computation goes on regardless. */
 export interface MlaEvent {

@@ -1,12 +1,16 @@
+import type { Dropout, DropoutOptions } from "./dropout.ts";
 import { FlashMLAError } from "./errors.ts";
 import { toFloats } from "./half.ts";
 import {
+  type AnyMask,
   type AnyTensor,
+  checkMask,
   checkTensor,
   denseStrides,
   type DType,
   dtypeOf,
   type HostTensor,
+  isGpuMask,
   isGpuTensor,
   kindOf,
   overlaps,
@@ -35,23 +39,55 @@ export interface MlaInputs<T extends AnyTensor = AnyTensor, Query extends AnyTen
   readonly bK?: T;
   /** Offsets `[n + 1]` of n sequences packed along the sequence axis of batch 1. */
   readonly cuSeqlens?: Int32Array | Uint32Array | readonly number[];
+  /** The same as the option of that name, which see; given in one place or the other. */
+  readonly bias?: T;
+  /** The same as the option of that name. */
+  readonly softmaxAux?: T;
+  /** The same as the option of that name. */
+  readonly attentionMask?: AnyMask;
 }
 
 /** Inputs that all lie on the host in float32. */
 export type HostInputs = MlaInputs<Tensor>;
 
-/** The name of a tensor among the inputs. */
-export type TensorName = "query" | "keyValue" | "wKc" | "wVc" | "bQ" | "bK";
+/** The name of a tensor of numbers among the inputs. */
+export type TensorName = "query" | "keyValue" | "wKc" | "wVc" | "bQ" | "bK" | "bias" | "softmaxAux";
 
-/** The names of the tensors among the inputs. */
-export const tensorNames: readonly TensorName[] = ["query", "keyValue", "wKc", "wVc", "bQ", "bK"];
+/** The names of the tensors of numbers among the inputs: those that have gradients. */
+export const tensorNames: readonly TensorName[] = [
+  ...["query", "keyValue", "wKc", "wVc", "bQ", "bK", "bias", "softmaxAux"] as const,
+];
 
-/** The options that change the result. */
+/**
+ * The options that change the result. In this order: scale, soft cap, window, causal mask, bias or else mask, sinks,
+ * softmax, dropout.
+ */
 export interface MlaMathOptions {
   /** Factor on the scores; `1/√(qkNopeHeadDim + qkRopeHeadDim)` when absent. */
   readonly softmaxScale?: number;
   /** Whether a query sees only keys up to its own position, aligned bottom-right. Default `false`. */
   readonly causal?: boolean;
+  /** Bounds the scaled scores smoothly: `cap · tanh(score / cap)`, cap above 0. */
+  readonly logitsSoftCap?: number;
+  /**
+   * How far a query sees from its own position, aligned bottom-right: `w` keys to either side (w ≥ 1), or `[left, right]`
+   * (each ≥ 0). With `causal`, nothing to the right.
+   */
+  readonly slidingWindow?: number | readonly [left: number, right: number];
+  /**
+   * Added to the scores after scaling and capping, `[batch or 1, queryHeads or 1, queryLength, keyLength]`. Minus infinity
+   * hides a key.
+   */
+  readonly bias?: AnyTensor;
+  /** Which keys are visible (non-zero), `[batch or 1, queryHeads or 1, queryLength, keyLength]`. Ignored beside a bias. */
+  readonly attentionMask?: AnyMask;
+  /**
+   * Attention sinks: logits that join the softmax's denominator only, neither scaled nor capped. `[queryHeads]` one per
+   * head, `[n]` shared by all heads, `[queryHeads, n]` or `[1, n]`. One axis as long as there are heads is per head.
+   */
+  readonly softmaxAux?: AnyTensor;
+  /** Drops attention probabilities at random, the same ones on every platform. */
+  readonly dropout?: DropoutOptions;
 }
 
 /**
@@ -88,6 +124,16 @@ export interface MlaProblem {
   readonly softmaxScale: number;
   /** Offsets of packed sequences, or null for one sequence per batch item. */
   readonly cuSeqlens: readonly number[] | null;
+  /** The soft cap on the scaled scores, or null. */
+  readonly logitsSoftCap: number | null;
+  /** Keys that a query sees before and after its own position, or null. */
+  readonly slidingWindow: readonly [left: number, right: number] | null;
+  /** What else the scores meet: a bias that is added, or a mask that hides. */
+  readonly scoreTerm: "none" | "bias" | "mask";
+  /** Sink logits of each head; 0 without. */
+  readonly sinks: number;
+  /** The dropout, or null without one or with rate 0. */
+  readonly dropout: Dropout | null;
   /** Element types: one for all tensors of the call, or those of the tensors by name. */
   readonly dtype: DType | Readonly<Partial<Record<TensorName, DType>>>;
 }
@@ -101,8 +147,7 @@ export interface MlaProblem {
  * @throws {FlashMLAError} With code `invalid-input`, naming the argument, what was expected and what came.
  */
 export function mlaProblem(inputs: MlaInputs, options: MlaMathOptions = {}): MlaProblem {
-  if (typeof inputs !== "object" || inputs === null) fail(`inputs must be an object of tensors, got ${kindOf(inputs)}`);
-  if (typeof options !== "object" || options === null) fail(`options must be an object, got ${kindOf(options)}`);
+  inputs = allInputs(inputs, options);
   const { query, keyValue, wKc, wVc, bQ, bK } = inputs;
   checkShape("query", query, ["batch", "queryLength", "queryHeads", "headDim"]);
   checkShape("keyValue", keyValue, ["batch", "keyLength", "kvLoraRank"]);
@@ -163,6 +208,11 @@ export function mlaProblem(inputs: MlaInputs, options: MlaMathOptions = {}): Mla
   }
   if (typeof causal !== "boolean") fail(`causal must be true or false, got ${kindOf(causal)}`);
 
+  const { bias, attentionMask, softmaxAux } = inputs;
+  const scores = { batch, queryHeads, queryLength, keyLength };
+  if (bias !== undefined) checkScoreTerm("bias", bias, scores);
+  if (attentionMask !== undefined) checkScoreTerm("attentionMask", attentionMask, scores);
+
   return {
     batch,
     queryLength,
@@ -177,7 +227,34 @@ export function mlaProblem(inputs: MlaInputs, options: MlaMathOptions = {}): Mla
     causal,
     softmaxScale,
     cuSeqlens: checkCuSeqlens(inputs.cuSeqlens, batch, queryLength, keyLength),
+    logitsSoftCap: checkSoftCap(options.logitsSoftCap),
+    slidingWindow: checkWindow(options.slidingWindow),
+    scoreTerm: bias !== undefined ? "bias" : attentionMask !== undefined ? "mask" : "none",
+    sinks: softmaxAux === undefined ? 0 : checkSinks(softmaxAux, queryHeads),
+    dropout: checkDropout(options.dropout),
     dtype: dtypesOf(inputs),
+  };
+}
+
+/**
+ * The inputs with the tensors among the options, which go through a call beside the others.
+ *
+ * @throws {FlashMLAError} With code `invalid-input` when one is given in both places.
+ */
+export function allInputs(inputs: MlaInputs, options: MlaMathOptions): MlaInputs {
+  if (typeof inputs !== "object" || inputs === null) fail(`inputs must be an object of tensors, got ${kindOf(inputs)}`);
+  if (typeof options !== "object" || options === null) fail(`options must be an object, got ${kindOf(options)}`);
+  for (const name of ["bias", "softmaxAux", "attentionMask"] as const) {
+    if (inputs[name] !== undefined && options[name] !== undefined && inputs[name] !== options[name]) {
+      fail(`${name} is given among the inputs and among the options; give one`);
+    }
+  }
+  const { bias = inputs.bias, softmaxAux = inputs.softmaxAux, attentionMask = inputs.attentionMask } = options;
+  return {
+    ...inputs,
+    ...(bias !== undefined && { bias }),
+    ...(softmaxAux !== undefined && { softmaxAux }),
+    ...(attentionMask !== undefined && { attentionMask }),
   };
 }
 
@@ -186,7 +263,7 @@ export function mapTensors<From extends AnyTensor, To extends AnyTensor>(
   inputs: MlaInputs<From>,
   change: (tensor: From, name: TensorName) => To,
 ): MlaInputs<To> {
-  const { query, keyValue, wKc, wVc, bQ, bK, cuSeqlens } = inputs;
+  const { query, keyValue, wKc, wVc, bQ, bK, bias, softmaxAux, attentionMask, cuSeqlens } = inputs;
   return {
     query: change(query, "query"),
     keyValue: change(keyValue, "keyValue"),
@@ -194,14 +271,41 @@ export function mapTensors<From extends AnyTensor, To extends AnyTensor>(
     wVc: change(wVc, "wVc"),
     ...(bQ && { bQ: change(bQ, "bQ") }),
     ...(bK && { bK: change(bK, "bK") }),
+    ...(bias && { bias: change(bias, "bias") }),
+    ...(softmaxAux && { softmaxAux: change(softmaxAux, "softmaxAux") }),
+    ...(attentionMask && { attentionMask }),
     ...(cuSeqlens && { cuSeqlens }),
   };
 }
 
-/** The inputs as they are now: what the caller does to the objects afterwards changes nothing. The data are not copied. */
+/**
+ * The inputs as they are now: what the caller does to the objects afterwards changes nothing. The data are not copied. A
+ * mask beside a bias is left out.
+ */
 export function snapshot(inputs: MlaInputs): MlaInputs {
-  const held = mapTensors(inputs, holdTensor);
-  return { ...held, ...(held.cuSeqlens && { cuSeqlens: Array.from(held.cuSeqlens) }) };
+  const { attentionMask, cuSeqlens, ...held } = mapTensors(inputs, holdTensor);
+  return {
+    ...held,
+    ...(attentionMask && held.bias === undefined && { attentionMask: holdMask(attentionMask) }),
+    ...(cuSeqlens && { cuSeqlens: Array.from(cuSeqlens) }),
+  };
+}
+
+/** A mask as it is now, over the same memory. */
+function holdMask(mask: AnyMask): AnyMask {
+  if (!isGpuMask(mask)) return { data: mask.data, shape: [...mask.shape] };
+  const { buffer, shape, dtype, offset, strides, device } = mask;
+  return {
+    buffer,
+    shape: [...shape],
+    dtype,
+    offset,
+    strides: strides && [...strides],
+    device,
+    get disposed() {
+      return mask.disposed;
+    },
+  };
 }
 
 /** A tensor as it is now, over the same memory. */
@@ -227,6 +331,10 @@ export function holdTensor(tensor: AnyTensor): AnyTensor {
  * @throws {FlashMLAError} With code `invalid-input` when a tensor lies on a GPU.
  */
 export function floatInputs(inputs: MlaInputs): HostInputs {
+  const { attentionMask } = inputs;
+  if (attentionMask !== undefined && isGpuMask(attentionMask)) {
+    fail('attentionMask lies on a GPU, the reference computes on the host: pass a Uint8Array, or platform "webgpu"');
+  }
   return mapTensors(inputs, (tensor, name) => {
     if ("data" in tensor) return toFloats(tensor);
     fail(`${name} lies on a GPU, the reference computes on the host: pass await toHost(${name}), or platform "webgpu"`);
@@ -251,6 +359,86 @@ export function checkOut(out: AnyTensor, problem: MlaProblem): void {
 /** The shape of the result, `[batch, queryLength, queryHeads, vHeadDim]`. */
 export function outputShape(problem: MlaProblem): number[] {
   return [problem.batch, problem.queryLength, problem.queryHeads, problem.vHeadDim];
+}
+
+/** The shape of the log-sum-exp, `[batch, queryHeads, queryLength]`. */
+export function lseShape({ batch, queryHeads, queryLength }: MlaProblem): number[] {
+  return [batch, queryHeads, queryLength];
+}
+
+function checkScoreTerm(
+  name: "bias" | "attentionMask",
+  value: AnyTensor | AnyMask,
+  scores: Pick<MlaProblem, "batch" | "queryHeads" | "queryLength" | "keyLength">,
+): void {
+  if (name === "bias") checkTensor(name, value as AnyTensor);
+  else checkMask(name, value as AnyMask);
+  const { batch, queryHeads, queryLength, keyLength } = scores;
+  const { shape } = value;
+  const fits = shape.length === 4 && [1, batch].includes(shape[0]) && [1, queryHeads].includes(shape[1]) &&
+    shape[2] === queryLength && shape[3] === keyLength;
+  if (fits) return;
+  const or1 = (n: number) => n === 1 ? "1" : `1 or ${n}`;
+  fail(
+    `${name} has shape [${shape.join(", ")}], expected [batch ${or1(batch)}, queryHeads ${or1(queryHeads)}, ` +
+      `queryLength ${queryLength}, keyLength ${keyLength}]`,
+  );
+}
+
+/** The sinks of each head. */
+function checkSinks(softmaxAux: AnyTensor, queryHeads: number): number {
+  checkTensor("softmaxAux", softmaxAux);
+  const { shape } = softmaxAux;
+  const [first, last] = [shape[0], shape[shape.length - 1]];
+  if (shape.length === 1) return first === queryHeads ? 1 : first;
+  if (shape.length === 2 && [1, queryHeads].includes(first)) return last;
+  return fail(
+    `softmaxAux has shape [${shape.join(", ")}], expected [n] shared by all heads, [${queryHeads}] one per head, ` +
+      `[${queryHeads}, n] or [1, n]`,
+  );
+}
+
+/** Whether every head has sinks of its own; otherwise all heads share them. */
+export function sinksPerHead(shape: readonly number[], queryHeads: number): boolean {
+  return shape[0] === queryHeads && (shape.length === 2 || queryHeads !== 1);
+}
+
+function checkSoftCap(cap: number | undefined): number | null {
+  if (cap === undefined) return null;
+  if (typeof cap === "number" && cap > 0 && Number.isFinite(Math.fround(cap)) && Math.fround(cap) > 0) return cap;
+  return fail(`logitsSoftCap must be a finite float32 number above 0, got ${kindOf(cap)}`);
+}
+
+function checkWindow(window: MlaMathOptions["slidingWindow"]): MlaProblem["slidingWindow"] {
+  if (window === undefined) return null;
+  if (typeof window === "number") {
+    if (Number.isSafeInteger(window) && window > 0) return [window, window];
+    return fail(`slidingWindow must be a whole number above 0 or a pair [left, right], got ${window}`);
+  }
+  if (!Array.isArray(window) || window.length !== 2) {
+    return fail(`slidingWindow must be a whole number above 0 or a pair [left, right], got ${kindOf(window)}`);
+  }
+  for (const side of window) {
+    if (!Number.isSafeInteger(side) || side < 0) {
+      fail(`slidingWindow [${window.map(kindOf).join(", ")}] must hold whole numbers from 0`);
+    }
+  }
+  return [window[0], window[1]];
+}
+
+function checkDropout(dropout: DropoutOptions | undefined): Dropout | null {
+  if (dropout === undefined) return null;
+  if (typeof dropout !== "object" || dropout === null) {
+    fail(`dropout must be { rate, seed }, got ${kindOf(dropout)}`);
+  }
+  const { rate, seed } = dropout;
+  if (typeof rate !== "number" || !(rate >= 0 && rate < 1)) {
+    fail(`dropout.rate must be from 0 up to but not including 1, got ${kindOf(rate)}`);
+  }
+  if (!Number.isSafeInteger(seed) || seed < 0) {
+    fail(`dropout.seed must be a whole number from 0 to 2^53 - 1, got ${kindOf(seed)}`);
+  }
+  return rate === 0 ? null : { rate, seed, firstItem: 0, firstPosition: 0 };
 }
 
 function checkCuSeqlens(

@@ -13,6 +13,8 @@ export interface Segment {
   readonly keyStart: number;
   /** One past the last key row. */
   readonly keyEnd: number;
+  /** Batch item; packed sequences are all in item 0. */
+  readonly item: number;
 }
 
 /** The sequences of a problem, in order; empty ones included. */
@@ -24,21 +26,43 @@ export function segments(problem: MlaProblem): Segment[] {
       queryEnd: end,
       keyStart: cuSeqlens[i],
       keyEnd: end,
+      item: 0,
     }));
   }
-  return Array.from({ length: batch }, (_, b) => ({
-    queryStart: b * queryLength,
-    queryEnd: (b + 1) * queryLength,
-    keyStart: b * keyLength,
-    keyEnd: (b + 1) * keyLength,
+  return Array.from({ length: batch }, (_, item) => ({
+    queryStart: item * queryLength,
+    queryEnd: (item + 1) * queryLength,
+    keyStart: item * keyLength,
+    keyEnd: (item + 1) * keyLength,
+    item,
   }));
 }
 
+/** A half-open range of key rows. */
+export interface KeyRange {
+  /** First key row. */
+  readonly start: number;
+  /** One past the last key row; never below `start`. */
+  readonly end: number;
+}
+
+/** How far a query sees from its own position: keys before and after it; infinite where nothing bounds it. */
+export function reach({ causal, slidingWindow }: Pick<MlaProblem, "causal" | "slidingWindow">): [number, number] {
+  const [left, right] = slidingWindow ?? [Infinity, Infinity];
+  return [left, causal ? 0 : right];
+}
+
 /**
- * One past the last key row that a query row sees: the segment's end, or the bottom-right aligned diagonal.
- * Never below `keyStart`, so that an empty range means a row that sees nothing.
+ * The key rows that a query row may see by the window and the causal mask. Its own position is aligned bottom-right: the
+ * segment's last query stands on its last key.
  */
-export function visibleKeyEnd(segment: Segment, queryRow: number, causal: boolean): number {
-  if (!causal) return segment.keyEnd;
-  return Math.max(segment.keyStart, segment.keyEnd - (segment.queryEnd - 1 - queryRow));
+export function visibleKeys(
+  segment: Segment,
+  queryRow: number,
+  options: Pick<MlaProblem, "causal" | "slidingWindow">,
+): KeyRange {
+  const [before, after] = reach(options);
+  const position = segment.keyEnd - segment.queryEnd + queryRow;
+  const start = Math.min(Math.max(segment.keyStart, position - before), segment.keyEnd);
+  return { start, end: Math.max(start, Math.min(segment.keyEnd, position + after + 1)) };
 }

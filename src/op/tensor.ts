@@ -63,6 +63,37 @@ export interface GpuTensor {
 /** A tensor wherever it lies. */
 export type AnyTensor = HostTensor | GpuTensor;
 
+/** A dense, row-major host tensor of bytes that say what is visible: 0 is hidden, all else is visible. */
+export interface MaskTensor {
+  /** The elements, last axis fastest; its length is the product of `shape`. */
+  readonly data: Uint8Array;
+  /** The axis lengths; zero is legal. */
+  readonly shape: readonly number[];
+  /** Absent, or `u8`. */
+  readonly dtype?: "u8";
+}
+
+/** The same in a buffer of a WebGPU device, or a view of a part of one. */
+export interface GpuMaskTensor {
+  /** The buffer, of usage `STORAGE`. Its size is a multiple of 4 bytes and reaches past the last element. */
+  readonly buffer: GPUBuffer;
+  /** The axis lengths; zero is legal. */
+  readonly shape: readonly number[];
+  /** `u8`. */
+  readonly dtype: "u8";
+  /** Bytes from the buffer's start to the first element. Default 0. */
+  readonly offset?: number;
+  /** Elements from one entry to the next along each axis, the last one 1. Default: dense and row-major. */
+  readonly strides?: readonly number[];
+  /** The device of the buffer. Default: that of the call. */
+  readonly device?: GPUDevice;
+  /** True once the buffer was given back. */
+  readonly disposed?: boolean;
+}
+
+/** A mask wherever it lies. */
+export type AnyMask = MaskTensor | GpuMaskTensor;
+
 /** What a result is for a given query: of the same element type, on the same side. bfloat16 gives float32. */
 export type ResultLike<Query extends AnyTensor> = Query extends GpuTensor ? OwnedGpuTensor
   : Query extends F16Tensor ? F16Tensor
@@ -162,6 +193,11 @@ export function isGpuTensor(value: AnyTensor): value is GpuTensor {
   return "buffer" in value && !("data" in value);
 }
 
+/** Whether a mask lies on a GPU. */
+export function isGpuMask(value: AnyMask): value is GpuMaskTensor {
+  return "buffer" in value && !("data" in value);
+}
+
 /** The strides of a dense, row-major tensor, in elements. */
 export function denseStrides(shape: readonly number[]): number[] {
   const strides: number[] = [];
@@ -196,6 +232,26 @@ export function checkShape(name: string, shape: readonly number[]): void {
   }
 }
 
+/** Throws unless `value` is a tensor of bytes whose memory holds its shape; `name` is the argument to blame. */
+export function checkMask(name: string, value: AnyMask): void {
+  const fail: (why: string) => never = (why) => {
+    throw new FlashMLAError("invalid-input", `Cannot use ${name} as a mask: ${why}`);
+  };
+  if (typeof value !== "object" || value === null || !Array.isArray(value.shape)) {
+    fail(`expected { data, shape } with data a Uint8Array, or { buffer, shape, dtype: "u8" }, got ${kindOf(value)}`);
+  }
+  checkShape(name, value.shape);
+  if (value.dtype !== undefined && value.dtype !== "u8") fail(`dtype must be "u8", got ${kindOf(value.dtype)}`);
+  if (isGpuMask(value)) return checkGpuStorage(value, 1, fail);
+  if (!(value.data instanceof Uint8Array)) {
+    fail(`data must be a Uint8Array (non-zero is visible), got ${kindOf(value.data)}`);
+  }
+  const expected = elementCount(value.shape);
+  if (value.data.length !== expected) {
+    fail(`shape [${value.shape}] needs ${expected} elements, data has ${value.data.length}`);
+  }
+}
+
 function checkHostTensor({ data, shape, dtype }: HostTensor, fail: (why: string) => never): void {
   switch (dtype) {
     case undefined:
@@ -225,13 +281,17 @@ function checkHostTensor({ data, shape, dtype }: HostTensor, fail: (why: string)
 const STORAGE = 0x80;
 
 function checkGpuTensor(value: GpuTensor, fail: (why: string) => never): void {
+  const { dtype } = value;
+  if (dtype !== "f32" && dtype !== "f16") fail(`dtype must be "f32" or "f16" on the GPU, got ${kindOf(dtype)}`);
+  checkGpuStorage(value, elementBytes(dtype), fail);
+}
+
+function checkGpuStorage(value: GpuTensor | GpuMaskTensor, bytes: number, fail: (why: string) => never): void {
   if (value.disposed === true) fail("it was disposed of");
   const { buffer, shape, dtype, offset = 0, strides } = value;
   if (typeof buffer?.size !== "number" || typeof buffer.usage !== "number") {
     fail(`buffer must be a GPUBuffer, got ${kindOf(buffer)}`);
   }
-  if (dtype !== "f32" && dtype !== "f16") fail(`dtype must be "f32" or "f16" on the GPU, got ${kindOf(dtype)}`);
-  const bytes = elementBytes(dtype);
   if (!Number.isSafeInteger(offset) || offset < 0 || offset % bytes !== 0) {
     fail(`offset must be a multiple of ${bytes} bytes for dtype "${dtype}", got ${kindOf(offset)}`);
   }
@@ -259,7 +319,7 @@ function checkGpuTensor(value: GpuTensor, fail: (why: string) => never): void {
 }
 
 /** Elements from the first to one past the last of a GPU tensor; 0 for an empty one. */
-export function spanElements({ shape, strides = denseStrides(shape) }: GpuTensor): number {
+export function spanElements({ shape, strides = denseStrides(shape) }: GpuTensor | GpuMaskTensor): number {
   if (elementCount(shape) === 0) return 0;
   return shape.reduce((span, axis, i) => span + (axis - 1) * strides[i], 1);
 }

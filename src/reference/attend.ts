@@ -1,17 +1,22 @@
 // Step 2: attention of one query head over the expanded keys and values of one segment.
 //
-//   s_j = scale · ( q_nope · K_nope[j] + q_rope · bK[j] )
-//   out = Σ_j exp(s_j − m) · V[j] / Σ_j exp(s_j − m)                m = max_j s_j
-//
-// Streaming softmax: keys pass once, with the running maximum m, the sum and the accumulator relative to it; when m grows,
-// both are scaled by exp(m_old − m_new). Keys that a row must not see are never read: no product can carry their NaN.
+//   p_j = exp(s_j − m) / ( Σ_k exp(s_k − m) + Σ_n exp(aux_n − m) )       m = max over s and the sinks aux
+//   out = Σ_j p_j · d_j · V[j]                                          d_j = dropout's factor, 1 without
+//   lse = log of the denominator, m included; −∞ for a row that sees no key
 
-import type { HostInputs, MlaProblem } from "../op/mla_problem.ts";
-import { type Segment, visibleKeyEnd } from "../op/segments.ts";
+import { dropoutFactors } from "../op/dropout.ts";
+import { type HostInputs, type MlaProblem, sinksPerHead } from "../op/mla_problem.ts";
+import type { Segment } from "../op/segments.ts";
 import type { ExpandedHead } from "./expand.ts";
+import { headScores } from "./scores.ts";
 
-// Below every finite score; finite like the kernels' sentinel, so that exp(score − m) is 0 and not NaN for a score of −∞.
-const LOWEST = -Number.MAX_VALUE;
+/** What attention gives, for all heads and rows. */
+export interface AttentionRows {
+  /** The whole result, `[batch, queryLength, queryHeads, vHeadDim]`. */
+  readonly output: Float32Array | Float64Array;
+  /** The log-sum-exp, `[batch, queryHeads, queryLength]`. */
+  readonly lse: Float32Array | Float64Array;
+}
 
 /**
  * Attends with the query rows of one head and one segment.
@@ -19,77 +24,61 @@ const LOWEST = -Number.MAX_VALUE;
  * @param inputs The tensors of the call.
  * @param problem The call's dimensions.
  * @param segment The sequence whose query rows attend.
- * @param queryHead h, the query head.
+ * @param head h, the query head.
  * @param expanded Keys and values of the head's KV head over the same segment.
- * @param output The whole result, `[batch, queryLength, queryHeads, vHeadDim]`; the rows of this head and segment are
- * written, a row that sees no key becomes zero.
+ * @param into Where the rows of this head and segment are written; a row that sees no key becomes zero.
  */
 export function attend(
   inputs: HostInputs,
   problem: MlaProblem,
   segment: Segment,
-  queryHead: number,
+  head: number,
   expanded: ExpandedHead,
-  output: Float32Array,
+  into: AttentionRows,
 ): void {
-  const { queryHeads: H, qkNopeHeadDim: P, qkRopeHeadDim: R, vHeadDim: V, softmaxScale, causal } = problem;
-  const { keyNope, value } = expanded;
-  const keyRope = keyRopeRows(inputs, problem, segment);
-  const query = new Float64Array(P + R);
+  const { queryHeads: H, queryLength, vHeadDim: V, dropout } = problem;
+  const { value } = expanded;
+  const { score, compute } = headScores(inputs, problem, segment, head, expanded);
+  const sinks = headSinks(inputs, problem, head);
+  const factor = dropout && dropoutFactors(dropout, segment.item, head);
   const accumulator = new Float64Array(V);
 
   for (let i = segment.queryStart; i < segment.queryEnd; i++) {
-    gatherQuery(inputs, problem, i, queryHead, query);
-    const keys = visibleKeyEnd(segment, i, causal) - segment.keyStart;
-    let max = LOWEST;
+    const range = compute(i);
+    const [first, last] = [range.start - segment.keyStart, range.end - segment.keyStart];
+    const position = i - segment.item * queryLength;
+    let seen = -Infinity;
+    for (let j = first; j < last; j++) seen = score[j] > seen || score[j] !== score[j] ? score[j] : seen;
+    const max = sinks.reduce((most, sink) => Math.max(most, sink), seen);
     let sum = 0;
     accumulator.fill(0);
-
-    for (let j = 0; j < keys; j++) {
-      const score = softmaxScale * (dot(query, 0, keyNope, j * P, P) + dot(query, P, keyRope, j * R, R));
-      if (score > max) {
-        const shrink = Math.exp(max - score);
-        sum *= shrink;
-        for (let v = 0; v < V; v++) accumulator[v] *= shrink;
-        max = score;
-      }
-      const weight = Math.exp(score - max);
+    // A row whose keys are all hidden by minus infinity sees none.
+    for (let j = first; j < last && seen !== -Infinity; j++) {
+      if (score[j] === -Infinity) continue;
+      const weight = Math.exp(score[j] - max);
       sum += weight;
-      for (let v = 0, at = j * V; v < V; v++) accumulator[v] += weight * value[at + v];
+      const kept = factor === null
+        ? weight
+        : weight * factor(position, j + segment.keyStart - keyOrigin(problem, segment));
+      if (kept === 0) continue;
+      for (let v = 0, at = j * V; v < V; v++) accumulator[v] += kept * value[at + v];
     }
+    for (const sink of sinks) sum += Math.exp(sink - max);
 
-    const row = (i * H + queryHead) * V;
-    // A row without a visible key has sum 0. A NaN sum is not 0: it must reach the output.
-    for (let v = 0; v < V; v++) output[row + v] = sum === 0 ? 0 : accumulator[v] / sum;
+    const row = (i * H + head) * V;
+    for (let v = 0; v < V; v++) into.output[row + v] = seen === -Infinity ? 0 : accumulator[v] / sum;
+    into.lse[(segment.item * H + head) * queryLength + position] = seen === -Infinity ? seen : max + Math.log(sum);
   }
 }
 
-/** Copies q_nope and, behind it, q_rope of one query row into `query`, wherever the rotary part comes from. */
-function gatherQuery(inputs: HostInputs, problem: MlaProblem, row: number, head: number, query: Float64Array): void {
-  const { queryHeads: H, qkNopeHeadDim: P, qkRopeHeadDim: R, rope } = problem;
-  const width = rope === "in_query" ? P + R : P;
-  const start = (row * H + head) * width;
-  query.set(inputs.query.data.subarray(start, start + width));
-  if (rope === "shared") query.set(inputs.bQ!.data.subarray(row * R, (row + 1) * R), P);
+/** The key row that a segment's batch item begins with. */
+export function keyOrigin({ keyLength }: MlaProblem, { item }: Segment): number {
+  return item * keyLength;
 }
 
-/** The rotary key rows of a segment, `[keys, R]`, shared by all heads; empty without a rotary part. */
-function keyRopeRows(inputs: HostInputs, problem: MlaProblem, segment: Segment): Float64Array {
-  const R = problem.qkRopeHeadDim;
-  if (R === 0) return new Float64Array(0);
-  return new Float64Array(inputs.bK!.data.subarray(segment.keyStart * R, segment.keyEnd * R));
-}
-
-/** `a[aStart…] · b[bStart…]` over `length` elements. Four sums, since one alone waits for each addition to finish. */
-function dot(a: Float64Array, aStart: number, b: Float64Array, bStart: number, length: number): number {
-  let sum0 = 0, sum1 = 0, sum2 = 0, sum3 = 0;
-  let i = 0;
-  for (; i + 3 < length; i += 4) {
-    sum0 += a[aStart + i] * b[bStart + i];
-    sum1 += a[aStart + i + 1] * b[bStart + i + 1];
-    sum2 += a[aStart + i + 2] * b[bStart + i + 2];
-    sum3 += a[aStart + i + 3] * b[bStart + i + 3];
-  }
-  for (; i < length; i++) sum0 += a[aStart + i] * b[bStart + i];
-  return sum0 + sum1 + (sum2 + sum3);
+/** The sink logits of one head; none without sinks. */
+export function headSinks(inputs: HostInputs, { sinks, queryHeads }: MlaProblem, head: number): Float32Array {
+  if (sinks === 0) return new Float32Array(0);
+  const { data, shape } = inputs.softmaxAux!;
+  return data.subarray(...sinksPerHead(shape, queryHeads) ? [head * sinks, (head + 1) * sinks] : [0, sinks]);
 }

@@ -1,7 +1,7 @@
 // The oracle: the operation as the formulas state it, in plain TypeScript, accumulated in double precision.
 // One KV head of one segment is expanded at a time, so memory beyond the inputs is O(keyLength · (P + V)).
 
-import { type HostInputs, type MlaProblem, outputShape } from "../op/mla_problem.ts";
+import { type HostInputs, lseShape, type MlaProblem, outputShape } from "../op/mla_problem.ts";
 import { segments } from "../op/segments.ts";
 import { elementCount, type Tensor } from "../op/tensor.ts";
 import { attend } from "./attend.ts";
@@ -15,8 +15,25 @@ import { expand } from "./expand.ts";
  * @returns The attended values, `[batch, queryLength, queryHeads, vHeadDim]`; a query that sees no key has a zero row.
  */
 export function referenceMlaAttention(inputs: HostInputs, problem: MlaProblem): Tensor {
-  const shape = outputShape(problem);
-  const data = new Float32Array(elementCount(shape));
+  return referenceMlaAttentionWithLse(inputs, problem).output;
+}
+
+/**
+ * The same with the log-sum-exp of each row.
+ *
+ * @param inputs The tensors of the call.
+ * @param problem The dimensions that `mlaProblem` made from these inputs.
+ * @returns The output, and the natural logarithm of each softmax's denominator, `[batch, queryHeads, queryLength]`.
+ */
+export function referenceMlaAttentionWithLse(
+  inputs: HostInputs,
+  problem: MlaProblem,
+): { readonly output: Tensor; readonly lse: Tensor } {
+  const shapes = { output: outputShape(problem), lse: lseShape(problem) };
+  const into = {
+    output: new Float32Array(elementCount(shapes.output)),
+    lse: new Float32Array(elementCount(shapes.lse)),
+  };
   const headsPerKvHead = problem.queryHeads / problem.kvHeads;
 
   for (const segment of segments(problem)) {
@@ -24,9 +41,9 @@ export function referenceMlaAttention(inputs: HostInputs, problem: MlaProblem): 
     for (let g = 0; g < problem.kvHeads; g++) {
       const expanded = expand(inputs, problem, segment, g);
       for (let h = g * headsPerKvHead; h < (g + 1) * headsPerKvHead; h++) {
-        attend(inputs, problem, segment, h, expanded, data);
+        attend(inputs, problem, segment, h, expanded, into);
       }
     }
   }
-  return { data, shape };
+  return { output: { data: into.output, shape: shapes.output }, lse: { data: into.lse, shape: shapes.lse } };
 }
