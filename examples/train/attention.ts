@@ -1,6 +1,6 @@
 // Where the example uses the library: attention, and its gradients.
 
-import type { HostInputs, MlaExecutor } from "../../mod.ts"; // in your project: "@flash-mla/webgpu"
+import type { HostInputs } from "../../mod.ts"; // in your project: "@flash-mla/webgpu"
 import { mlaProblem } from "../../src/op/mla_problem.ts";
 import { referenceMlaAttentionWithLse } from "../../src/reference/mla_attention.ts";
 import { referenceMlaAttentionBackward } from "../../src/reference/mla_attention_backward.ts";
@@ -28,16 +28,22 @@ export interface Attended {
 /** Causal Multi-head Latent Attention. */
 export type Attention = (inputs: HostInputs) => Promise<Attended>;
 
-/** How the library runs it. */
-export interface AttentionOptions {
+/** Attention, and where it runs. */
+export interface RunningAttention {
+  readonly attention: Attention;
   readonly platform: "webgpu" | "reference";
-  readonly executor?: MlaExecutor;
+  /** The device, in words. */
+  readonly adapter: string;
 }
 
-/** Attention as the library computes it. */
-export function libraryAttention(_options: AttentionOptions): Attention {
+/**
+ * Attention as the library computes it.
+ *
+ * @param _asked Where to run; `auto` takes WebGPU where there is an adapter and the reference elsewhere.
+ */
+export function libraryAttention(_asked: "auto" | "webgpu" | "reference"): Promise<RunningAttention> {
   // Until mlaAttentionVjp is there: the reference itself.
-  return (inputs) => {
+  const attention: Attention = (inputs) => {
     const problem = mlaProblem(inputs, { causal: true });
     const { output } = referenceMlaAttentionWithLse(inputs, problem);
     return Promise.resolve({
@@ -47,4 +53,5 @@ export function libraryAttention(_options: AttentionOptions): Attention {
       dispose() {},
     });
   };
+  return Promise.resolve({ attention, platform: "reference", adapter: "this processor" });
 }

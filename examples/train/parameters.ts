@@ -75,7 +75,7 @@ export function parametersOf(sizes: ModelSizes, kinds: number, random?: Random):
   // What is added to the residual stream starts smaller the more often that happens, as in GPT-2.
   const residual = (inputs: number) => (2 * layers * inputs) ** -0.5;
 
-  matrix("embedding", [kinds, width], 0.05);
+  matrix("embedding", [kinds, width], 0.02);
   for (let layer = 0; layer < layers; layer++) {
     gain(`layers.${layer}.attentionNorm`, width);
     matrix(`layers.${layer}.wQ`, [width, heads * (qkNopeHeadDim + qkRopeHeadDim)]);
