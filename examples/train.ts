@@ -17,7 +17,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
 import { setImmediate } from "node:timers";
-import { FlashMLAError } from "../src/op/errors.ts";
+import { FlashMLAError } from "../mod.ts"; // in your project: "@flash-mla/webgpu"
 import { libraryAttention } from "./train/attention.ts";
 import { CheckpointError, loadCheckpoint, saveCheckpoint } from "./train/checkpoint.ts";
 import { prideAndPrejudice } from "./train/corpus.ts";
@@ -86,7 +86,9 @@ async function main(): Promise<number> {
   const curve = lossCurve({
     title: "A small MLA language model learns Pride and Prejudice",
     subtitle: `${count(losses.length)} steps of ${count(batch * sizes.context)} characters, ` +
-      `${count(parameters.values.length)} weights, on ${platform}; in the end ${recent(losses).toFixed(2)}, ` +
+      `${count(parameters.values.length)} weights, on ${
+        platform === "webgpu" ? adapter : "the reference"
+      }; in the end ${recent(losses).toFixed(2)}, ` +
       `and ${held.toFixed(2)} on text held out`,
     losses,
     heldOut,

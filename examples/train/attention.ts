@@ -1,10 +1,16 @@
 // Where the example uses the library: attention, and its gradients.
 
-import type { HostInputs } from "../../mod.ts"; // in your project: "@flash-mla/webgpu"
-import { mlaProblem } from "../../src/op/mla_problem.ts";
-import { referenceMlaAttentionWithLse } from "../../src/reference/mla_attention.ts";
-import { referenceMlaAttentionBackward } from "../../src/reference/mla_attention_backward.ts";
-import type { Tensor } from "../../mod.ts";
+import {
+  ConfigSelectorChain,
+  detectPlatform,
+  Executor,
+  flashMLA,
+  type HostInputs,
+  mlaAttentionVjp,
+  type MlaExecutor,
+  type Platform,
+  type Tensor,
+} from "../../mod.ts"; // in your project: "@flash-mla/webgpu"
 
 /** The gradients of attention's inputs, each of its input's shape. */
 export interface AttentionGradients {
@@ -31,7 +37,7 @@ export type Attention = (inputs: HostInputs) => Promise<Attended>;
 /** Attention, and where it runs. */
 export interface RunningAttention {
   readonly attention: Attention;
-  readonly platform: "webgpu" | "reference";
+  readonly platform: Platform;
   /** The device, in words. */
   readonly adapter: string;
 }
@@ -39,19 +45,19 @@ export interface RunningAttention {
 /**
  * Attention as the library computes it.
  *
- * @param _asked Where to run; `auto` takes WebGPU where there is an adapter and the reference elsewhere.
+ * @param asked Where to run; `auto` takes WebGPU where there is an adapter and the reference elsewhere.
  */
-export function libraryAttention(_asked: "auto" | "webgpu" | "reference"): Promise<RunningAttention> {
-  // Until mlaAttentionVjp is there: the reference itself.
-  const attention: Attention = (inputs) => {
-    const problem = mlaProblem(inputs, { causal: true });
-    const { output } = referenceMlaAttentionWithLse(inputs, problem);
-    return Promise.resolve({
-      output,
-      vjp: (gradOutput: Tensor) =>
-        Promise.resolve(referenceMlaAttentionBackward(inputs, problem, gradOutput) as AttentionGradients),
-      dispose() {},
-    });
-  };
-  return Promise.resolve({ attention, platform: "reference", adapter: "this processor" });
+export async function libraryAttention(asked: "auto" | "webgpu" | "reference"): Promise<RunningAttention> {
+  // Without measuring: that is worth its time where the same kernels run for hours.
+  const executor: MlaExecutor = new Executor(new ConfigSelectorChain({ policy: { cacheMissFallback: "heuristics" } }));
+  const platform = await detectPlatform("flash_mla", asked);
+  const options = { causal: true, platform, executor };
+  const { target } = await flashMLA.prepare({ inputs: oneToken(), options });
+  return { attention: (inputs) => mlaAttentionVjp(inputs, options), platform, adapter: target.description };
+}
+
+/** The least that attention can be asked for, to ask where it would run. */
+function oneToken(): HostInputs {
+  const zeros = (...shape: number[]) => ({ data: new Float32Array(1), shape });
+  return { query: zeros(1, 1, 1, 1), keyValue: zeros(1, 1, 1), wKc: zeros(1, 1, 1), wVc: zeros(1, 1, 1) };
 }

@@ -29,10 +29,9 @@ const style = `
   .curve { fill: none; stroke-linejoin: round }
   .every { stroke: var(--train); stroke-width: 1; opacity: 0.35 }
   .mean { stroke: var(--train); stroke-width: 2.5 }
-  .held { stroke: var(--held); stroke-width: 1.5 }
   .dot { fill: var(--held); stroke: var(--paper); stroke-width: 1.5 }
   .unigram { stroke: var(--line); stroke-width: 1.5; stroke-dasharray: 7 5 }
-  .named { fill: var(--line) }`;
+  .named { fill: var(--line); paint-order: stroke; stroke: var(--paper); stroke-width: 5px; stroke-linejoin: round }`;
 
 /** Draws the curve. */
 export function lossCurve({ title, subtitle, losses, heldOut, unigramEntropy }: LossCurve): string {
@@ -70,10 +69,9 @@ export function lossCurve({ title, subtitle, losses, heldOut, unigramEntropy }: 
     `<polyline class="curve every" points="${path(every)}"/>`,
     `<polyline class="curve mean" points="${path(mean)}"/>`,
     `<line class="unigram" x1="${plot.left}" x2="${plot.right}" y1="${y(unigramEntropy)}" y2="${y(unigramEntropy)}"/>`,
+    ...heldOut.map(({ step, loss }) => `<circle class="dot" cx="${x(step)}" cy="${y(loss)}" r="4.5"/>`),
     `<text class="named" x="${plot.right}" y="${y(unigramEntropy) - 8}" text-anchor="end">` +
     `unigram entropy ${unigramEntropy.toFixed(2)}: knowing only how frequent each character is</text>`,
-    `<polyline class="curve held" points="${path(heldOut)}"/>`,
-    ...heldOut.map(({ step, loss }) => `<circle class="dot" cx="${x(step)}" cy="${y(loss)}" r="4.5"/>`),
     ...legend(),
     `</svg>\n`,
   ].join("\n");
@@ -86,12 +84,12 @@ function legend(): string[] {
     { name: "training, moving mean", mark: `<line class="curve mean" x1="0" x2="26" y1="0" y2="0"/>` },
     {
       name: "text held out",
-      mark: `<line class="curve held" x1="0" x2="26" y1="0" y2="0"/><circle class="dot" cx="13" cy="0" r="4.5"/>`,
+      mark: `<circle class="dot" cx="13" cy="0" r="4.5"/>`,
     },
   ];
-  const left = plot.right - 176;
+  const left = plot.right - 196;
   return [
-    `<rect x="${left - 12}" y="${plot.top + 2}" width="188" height="76" rx="6" fill="var(--paper)" class="grid"/>`,
+    `<rect x="${left - 12}" y="${plot.top + 2}" width="208" height="76" rx="6" fill="var(--paper)" class="grid"/>`,
     ...entries.map(({ name, mark }, i) =>
       `<g transform="translate(${left} ${plot.top + 20 + 21 * i})">${mark}<text x="36" y="4">${name}</text></g>`
     ),

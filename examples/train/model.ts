@@ -16,7 +16,7 @@ import type { LayerParameters, Parameters } from "./parameters.ts";
 import { rmsNorm } from "./rms_norm.ts";
 import { rotary } from "./rotary.ts";
 import { swiglu } from "./swiglu.ts";
-import { tensor } from "../../src/op/tensor.ts";
+import { tensor } from "../../mod.ts"; // in your project: "@flash-mla/webgpu"
 
 /** One pass through the model. */
 export interface Pass {
