@@ -16,7 +16,6 @@ import { mkdirSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
-import { setImmediate } from "node:timers";
 import { FlashMLAError } from "../mod.ts"; // in your project: "@flash-mla/webgpu"
 import { libraryAttention } from "./train/attention.ts";
 import { CheckpointError, loadCheckpoint, saveCheckpoint } from "./train/checkpoint.ts";
@@ -71,8 +70,8 @@ async function main(): Promise<number> {
       const here = { steps: losses.length - before, seconds: seconds() };
       progress.show({ step: losses.length, steps, loss: recent(losses), here, tokensPerStep: batch * sizes.context });
       if (await measureIfDue()) saveCheckpoint(files.checkpoint, training, corpus);
-      // Lets Ctrl-C through: on the reference nothing else waits for the outside.
-      await new Promise((resolve) => setImmediate(resolve));
+      // Lets Ctrl-C through: on the reference nothing else waits for the outside, and Deno's setImmediate() does not.
+      await new Promise((resolve) => setTimeout(resolve, 0));
     }
   } finally {
     progress.end();
@@ -97,7 +96,7 @@ async function main(): Promise<number> {
   writeFileSync(files.curve, curve);
 
   const tokensPerSecond = (losses.length - before) * batch * sizes.context / trained;
-  const samples = stopped ? [] : await sample(training, corpus, attention);
+  const samples = ok ? await sample(training, corpus, attention) : [];
   say(
     "loss",
     `${losses[0].toFixed(3)} at first, ${recent(losses).toFixed(3)} at last, ${held.toFixed(3)} on text held out; ` +

@@ -1,6 +1,6 @@
 // A checkpoint: all of a run in one safetensors file, so that it goes on as if it had never stopped.
 //
-//   metadata    format "flash-mla-train", version, settings (JSON), digest of the text, and a checksum of the arrays
+//   metadata    format "flash-mla-train", version, settings (JSON), digest of the text, and a checksum of all that
 //   arrays      model.NAME, mean.NAME and square.NAME of every weight (F32), random (U32), losses (F64),
 //               heldOut (F64, [n, 2]: step and loss)
 
@@ -91,14 +91,8 @@ export function encodeCheckpoint(training: Training, corpus: Corpus): Uint8Array
   tensors.set("losses", { data: Float64Array.from(losses), shape: [losses.length] });
   const pairs = heldOut.flatMap(({ step, loss }) => [step, loss]);
   tensors.set("heldOut", { data: Float64Array.from(pairs), shape: [heldOut.length, 2] });
-  const metadata = {
-    format,
-    version,
-    settings: JSON.stringify(settings),
-    text: corpus.digest,
-    checksum: checksum(tensors),
-  };
-  return toSafetensors({ metadata, tensors });
+  const metadata = { format, version, settings: JSON.stringify(settings), text: corpus.digest };
+  return toSafetensors({ metadata: { ...metadata, checksum: checksum({ metadata, tensors }) }, tensors });
 }
 
 /**
@@ -110,7 +104,9 @@ export function decodeCheckpoint(bytes: Uint8Array, corpus: Corpus): Training {
   const { metadata, tensors } = fromSafetensors(bytes);
   if (metadata.format !== format) throw new Error("it is a safetensors file of another program");
   if (metadata.version !== version) throw new Error(`it has version ${metadata.version}, expected ${version}`);
-  if (metadata.checksum !== checksum(tensors)) throw new Error("its checksum is wrong: the file is damaged");
+  if (metadata.checksum !== checksum({ metadata, tensors })) {
+    throw new Error("its checksum is wrong: the file is damaged");
+  }
   if (metadata.text !== corpus.digest) throw new Error("it was trained on another text");
 
   const settings: TrainingSettings = JSON.parse(metadata.settings);
@@ -141,9 +137,9 @@ export function decodeCheckpoint(bytes: Uint8Array, corpus: Corpus): Training {
   };
 }
 
-/** SHA-256 of the arrays, so that no flipped bit goes unnoticed. */
-function checksum(tensors: Safetensors["tensors"]): string {
-  const hash = createHash("sha256");
+/** SHA-256 of what decides a run, so that no flipped bit goes unnoticed. */
+function checksum({ metadata, tensors }: Safetensors): string {
+  const hash = createHash("sha256").update(metadata.settings).update(metadata.text);
   for (const [name, { data }] of tensors) {
     hash.update(name).update(new Uint8Array(data.buffer, data.byteOffset, data.byteLength));
   }

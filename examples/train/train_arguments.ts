@@ -38,7 +38,7 @@ export function trainArguments(given: readonly string[]): TrainArguments {
     else if ((name === "resume" || name === "json") && value === undefined) read[name] = true;
     else {
       throw new ArgumentError(
-        `unknown argument "${argument}"; known are --steps=N, --seed=N, --platform=auto|webgpu|reference, --out=FOLDER, ` +
+        `Cannot train: unknown argument "${argument}"; known are --steps=N, --seed=N, --platform=auto|webgpu|reference, --out=FOLDER, ` +
           `--resume, --json`,
       );
     }
@@ -49,12 +49,12 @@ export function trainArguments(given: readonly string[]): TrainArguments {
 function integer(name: string, value: string, least: number): number {
   const number = Number(value);
   if (!/^\d+$/.test(value) || number < least || number >= 2 ** 31) {
-    throw new ArgumentError(`--${name} must be an integer from ${least}, got "${value}"`);
+    throw new ArgumentError(`Cannot train: --${name} must be an integer from ${least}, got "${value}"`);
   }
   return number;
 }
 
 function platform(value: string): "auto" | "webgpu" | "reference" {
   if (value === "auto" || value === "webgpu" || value === "reference") return value;
-  throw new ArgumentError(`--platform must be auto, webgpu or reference, got "${value}"`);
+  throw new ArgumentError(`Cannot train: --platform must be auto, webgpu or reference, got "${value}"`);
 }
