@@ -27,7 +27,7 @@ const style = `
   .grid { stroke: var(--grid) }
   .axis { stroke: var(--quiet) }
   .curve { fill: none; stroke-linejoin: round }
-  .every { stroke: var(--train); stroke-width: 1; opacity: 0.35 }
+  .every { stroke: var(--train); stroke-width: 1; opacity: 0.5 }
   .mean { stroke: var(--train); stroke-width: 2.5 }
   .dot { fill: var(--held); stroke: var(--paper); stroke-width: 1.5 }
   .unigram { stroke: var(--line); stroke-width: 1.5; stroke-dasharray: 7 5 }
