@@ -17,14 +17,14 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
 import { FlashMLAError } from "../mod.ts"; // in your project: "@flash-mla/webgpu"
-import { libraryAttention } from "./train/attention.ts";
+import { libraryAttention, type RunningAttention } from "./train/attention.ts";
 import { CheckpointError, loadCheckpoint, saveCheckpoint } from "./train/checkpoint.ts";
-import { prideAndPrejudice } from "./train/corpus.ts";
+import { type Corpus, prideAndPrejudice } from "./train/corpus.ts";
 import { lossCurve } from "./train/loss_curve.ts";
 import { clock, progressBar } from "./train/progress_bar.ts";
 import { sample } from "./train/sampling.ts";
 import { ArgumentError, trainArguments } from "./train/train_arguments.ts";
-import { measureHeldOut, newTraining, smallSettings, trainStep } from "./train/training.ts";
+import { measureHeldOut, newTraining, smallSettings, type Training, trainStep } from "./train/training.ts";
 
 /** Steps between looks at the text held out, and between checkpoints. */
 const interval = 50;
@@ -37,97 +37,102 @@ async function main(): Promise<number> {
   const training = args.resume
     ? loadCheckpoint(files.checkpoint, corpus, args)
     : newTraining({ ...smallSettings, ...given(args) }, corpus);
-  const { settings: { sizes, batch, steps }, losses, heldOut, parameters } = training;
-  mkdirSync(folder, { recursive: true });
-  const { attention, platform, adapter } = await libraryAttention(args.platform);
+  const { settings: { sizes, steps }, losses, heldOut, parameters } = training;
+  try {
+    mkdirSync(folder, { recursive: true });
+  } catch (error) {
+    throw new ArgumentError(`Cannot train: --out=${folder} cannot be made a folder: ${(error as Error).message}`);
+  }
+  const running = await libraryAttention(args.platform);
+  const place = running.platform === "reference" ? "the reference" : running.adapter;
 
-  say("platform", platform === "reference" ? "reference, in plain TypeScript" : `${platform}, ${adapter}`);
-  say(
-    "text",
-    `Pride and Prejudice, chapters 1 to 10: ${count(corpus.training.length)} characters to learn from, ` +
-      `${count(corpus.heldOut.length)} held out`,
-  );
-  say(
-    "model",
-    `${sizes.layers} layers, ${sizes.width} wide, ${sizes.heads} heads; ${count(parameters.values.length)} weights`,
-  );
+  say("platform", running.platform === "reference" ? "reference, in plain TypeScript" : `webgpu, ${place}`);
+  const [seen, unseen] = [corpus.training, corpus.heldOut].map(({ length }) => count(length));
+  say("text", `Pride and Prejudice, chapters 1 to 10: ${seen} characters to learn from, ${unseen} held out`);
+  const weights = count(parameters.values.length);
+  say("model", `${sizes.layers} layers, ${sizes.width} wide, ${sizes.heads} heads; ${weights} weights`);
   if (args.resume) say("resumed", `after step ${losses.length} of ${steps}`);
 
+  const pace = await trainToEnd(training, corpus, running, files.checkpoint);
+  if (losses.length === 0) {
+    say("stopped", "before the first step");
+    return 130;
+  }
+  const [first, last, held] = [losses[0], recent(losses), heldOut.at(-1)!.loss];
+  const stopped = losses.length < steps;
+  const ok = !stopped && held < corpus.unigramEntropy;
+  const title = "A small MLA language model learns Pride and Prejudice";
+  const subtitle = `${count(losses.length)} steps, ${weights} weights, attention on ${place}; ` +
+    `in the end ${last.toFixed(2)}, on text held out ${held.toFixed(2)}`;
+  const { unigramEntropy } = corpus;
+  writeFileSync(files.curve, lossCurve({ title, subtitle, losses, heldOut, unigramEntropy }));
+
+  const perCharacter = [first, last, held, unigramEntropy].map((loss) => loss.toFixed(3));
+  say(
+    "loss",
+    `${perCharacter[0]} at first, ${perCharacter[1]} at last, ${perCharacter[2]} on text held out; ` +
+      `unigram entropy ${perCharacter[3]} (nats per character)`,
+  );
+  say("time", `${clock(pace.seconds)}, ${count(Math.round(pace.tokensPerSecond))} tokens/s`);
+  const samples = ok ? await sample(training, corpus, running.attention) : [];
+  samples.slice(0, 5).forEach((text, i) => say(i === 0 ? "sample" : "", text));
+  say("files", files.curve);
+  say("", files.checkpoint);
+  if (stopped) say("stopped", `after step ${losses.length}; --resume goes on`);
+  else say(ok ? "ok" : "FAILED", `the loss on text held out is ${ok ? "" : "not "}below the unigram entropy`);
+  if (args.json) {
+    const { platform, adapter } = running;
+    const end = { steps: losses.length, firstLoss: first, lastLoss: last, heldOutLoss: held, unigramEntropy };
+    console.log(
+      JSON.stringify({ ok, stopped, platform, adapter, ...end, ...pace, ...files, samples, losses, heldOut }),
+    );
+  }
+  return stopped ? 130 : ok ? 0 : 1;
+}
+
+/** How long training took in this process, and how fast it was. */
+interface Pace {
+  readonly seconds: number;
+  readonly tokensPerSecond: number;
+}
+
+/** Takes the steps that are left, until Ctrl-C, and leaves a checkpoint. */
+async function trainToEnd(
+  training: Training,
+  corpus: Corpus,
+  { attention }: RunningAttention,
+  checkpoint: string,
+): Promise<Pace> {
+  const { settings: { sizes, batch, steps }, losses, heldOut } = training;
   const interruption = listenForInterruption();
-  const progress = progressBar(process.stderr);
+  const bar = progressBar(process.stderr);
+  const tokensPerStep = batch * sizes.context;
   const before = losses.length;
   const start = performance.now();
-  const seconds = () => (performance.now() - start) / 1000;
+  const here = () => ({ steps: losses.length - before, seconds: (performance.now() - start) / 1000 });
+  const show = () => bar.show({ step: losses.length, steps, loss: recent(losses), here: here(), tokensPerStep });
   const measureIfDue = async () => {
     const isDue = losses.length % interval === 0 || losses.length === steps;
     if (isDue && heldOut.at(-1)?.step !== losses.length) await measureHeldOut(training, corpus, attention);
     return isDue;
   };
   try {
+    show();
     await measureIfDue();
     while (losses.length < steps && !interruption.came) {
       await trainStep(training, corpus, attention);
-      const here = { steps: losses.length - before, seconds: seconds() };
-      progress.show({ step: losses.length, steps, loss: recent(losses), here, tokensPerStep: batch * sizes.context });
-      if (await measureIfDue()) saveCheckpoint(files.checkpoint, training, corpus);
+      show();
+      if (await measureIfDue()) saveCheckpoint(checkpoint, training, corpus);
       // Lets Ctrl-C through: on the reference nothing else waits for the outside, and Deno's setImmediate() does not.
       await new Promise((resolve) => setTimeout(resolve, 0));
     }
   } finally {
-    progress.end();
+    bar.end();
     interruption.stopListening();
   }
-  const trained = seconds();
-  saveCheckpoint(files.checkpoint, training, corpus);
-  const stopped = losses.length < steps;
-  const held = heldOut.at(-1)!.loss;
-  const ok = !stopped && held < corpus.unigramEntropy;
-  const curve = lossCurve({
-    title: "A small MLA language model learns Pride and Prejudice",
-    subtitle: `${count(losses.length)} steps of ${count(batch * sizes.context)} characters, ` +
-      `${count(parameters.values.length)} weights, on ${
-        platform === "webgpu" ? adapter : "the reference"
-      }; in the end ${recent(losses).toFixed(2)}, ` +
-      `and ${held.toFixed(2)} on text held out`,
-    losses,
-    heldOut,
-    unigramEntropy: corpus.unigramEntropy,
-  });
-  writeFileSync(files.curve, curve);
-
-  const tokensPerSecond = (losses.length - before) * batch * sizes.context / trained;
-  const samples = ok ? await sample(training, corpus, attention) : [];
-  say(
-    "loss",
-    `${losses[0].toFixed(3)} at first, ${recent(losses).toFixed(3)} at last, ${held.toFixed(3)} on text held out; ` +
-      `unigram entropy ${corpus.unigramEntropy.toFixed(3)} (nats per character)`,
-  );
-  say("time", `${clock(trained)}, ${count(Math.round(tokensPerSecond))} characters/s`);
-  samples.slice(0, 5).forEach((text, i) => say(i === 0 ? "sample" : "", text));
-  say("files", `${files.curve}`);
-  say("", `${files.checkpoint}`);
-  if (stopped) say("stopped", `after step ${losses.length}; --resume goes on`);
-  else say(ok ? "ok" : "FAILED", `the loss on text held out is ${ok ? "" : "not "}below the unigram entropy`);
-  if (args.json) {
-    console.log(JSON.stringify({
-      ok,
-      stopped,
-      platform,
-      adapter,
-      steps: losses.length,
-      firstLoss: losses[0],
-      lastLoss: recent(losses),
-      heldOutLoss: held,
-      unigramEntropy: corpus.unigramEntropy,
-      seconds: trained,
-      tokensPerSecond,
-      ...files,
-      sample: samples,
-      losses,
-      heldOut,
-    }));
-  }
-  return stopped ? 130 : ok ? 0 : 1;
+  if (losses.length > 0) saveCheckpoint(checkpoint, training, corpus);
+  const taken = here();
+  return { seconds: taken.seconds, tokensPerSecond: taken.steps * tokensPerStep / taken.seconds };
 }
 
 /** The settings that the command line decides. */
@@ -135,7 +140,7 @@ function given({ steps = smallSettings.steps, seed = smallSettings.seed }: { ste
   return { steps, seed };
 }
 
-/** The mean of the last 20 losses. */
+/** The mean of the last 20 losses; NaN of none. */
 function recent(losses: readonly number[]): number {
   const last = losses.slice(-20);
   return last.reduce((sum, loss) => sum + loss, 0) / last.length;

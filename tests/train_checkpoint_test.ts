@@ -188,6 +188,8 @@ describe("the progress bar", () => {
     assertEquals(progressLine({ ...progress, step: 105 }, 200).slice(0, 14), `▕${"█".repeat(10)}▌  `);
     assertEquals(progressLine(progress, text.length + 4), text);
     assertEquals(progressLine(progress, 20), text.slice(0, 19));
+    const starting = progressLine({ ...progress, here: { steps: 0, seconds: 1 } }, 32);
+    assertEquals(starting, " 25%  step 100/400  starting …");
   });
 
   test("is redrawn on a terminal, and is a line now and then elsewhere", () => {

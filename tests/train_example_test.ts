@@ -37,7 +37,10 @@ for (const runtime of ["deno", "bun", "node"] as const) {
       assertEquals([report.ok, report.stopped, report.platform, report.steps], [false, false, "reference", 1]);
       assert((report.firstLoss as number) > (report.unigramEntropy as number));
       assertMatch(ended.stdout, /^FAILED {3}the loss on text held out is not below the unigram entropy$/m);
-      assertMatch(ended.stderr, /100% {2}step 1\/1 {2}loss 4\.\d{3} {2}[\d,]+ tokens\/s {2}0:00 left\n$/);
+      assertMatch(
+        ended.stderr,
+        /^ {2}0% {2}step 0\/1 {2}starting …\n100% {2}step 1\/1 {2}loss 4\.\d{3} {2}[\d,]+ tokens\/s {2}0:00 left\n$/,
+      );
       assertEquals(readdirSync(folder).sort(), ["checkpoint.safetensors", "loss.svg"]);
       assertMatch(readFileSync(join(folder, "loss.svg"), "utf8"), /^<svg [\s\S]*<\/svg>\n$/);
     }));
@@ -51,8 +54,15 @@ test("train.ts writes a checkpoint at Ctrl-C, and goes on from it to the losses 
     const [whole, parts] = [`--out=${join(folder, "whole")}`, `--out=${join(folder, "parts")}`];
     const expected = reportIn(await train(["--steps=12", whole]));
     const interrupted = await train(["--steps=12", parts], {
-      // The first line of progress comes with the first step. Not child.kill(): Deno then reports the signal, no exit code.
-      onStart: ({ stderr, pid }) => stderr!.once("data", () => process.kill(pid!, "SIGINT")),
+      // Not child.kill(): Deno then reports the signal, and no exit code.
+      onStart({ stderr, pid }) {
+        const listen = (text: unknown) => {
+          if (!String(text).includes("step  1/12")) return;
+          stderr!.off("data", listen);
+          process.kill(pid!, "SIGINT");
+        };
+        stderr!.on("data", listen);
+      },
     });
     assertEquals(interrupted.code, 130, interrupted.stderr);
     const { stopped, steps } = reportIn(interrupted);

@@ -23,7 +23,7 @@ export interface Progress {
   readonly tokensPerStep: number;
 }
 
-/** Seconds between lines where nothing can be redrawn. */
+/** Seconds between lines where nothing can be redrawn, after the first step. */
 const quietSeconds = 10;
 
 /** A bar on a stream. */
@@ -42,7 +42,9 @@ export function progressBar(stream: ProgressStream, now: () => number = () => pe
       if (stream.isTTY) {
         stream.write(`\r\x1b[K${progressLine(progress, stream.columns ?? 80)}`);
         drawn = true;
-      } else if (now() - lastLine >= quietSeconds * 1000 || progress.step === progress.steps) {
+      } else if (
+        progress.here.steps < 2 || progress.step === progress.steps || now() - lastLine >= quietSeconds * 1000
+      ) {
         stream.write(`${progressText(progress)}\n`);
         lastLine = now();
       }
@@ -63,7 +65,9 @@ export function progressLine(progress: Progress, columns: number): string {
 
 function progressText({ step, steps, loss, here, tokensPerStep }: Progress): string {
   const percent = `${Math.floor(100 * step / steps)}%`.padStart(4);
-  const parts = [`${percent}  step ${String(step).padStart(String(steps).length)}/${steps}`, `loss ${loss.toFixed(3)}`];
+  const parts = [`${percent}  step ${String(step).padStart(String(steps).length)}/${steps}`];
+  // The first step on a GPU compiles its kernels, for seconds to a minute on a software adapter.
+  parts.push(here.steps === 0 ? "starting …" : `loss ${loss.toFixed(3)}`);
   if (here.steps > 0 && here.seconds > 0) {
     parts.push(`${Math.round(here.steps * tokensPerStep / here.seconds).toLocaleString("en-US")} tokens/s`);
     parts.push(`${clock((steps - step) * here.seconds / here.steps)} left`);
