@@ -139,7 +139,7 @@ export function decodeCheckpoint(bytes: Uint8Array, corpus: Corpus): Training {
 
 /** SHA-256 of what decides a run, so that no flipped bit goes unnoticed. */
 function checksum({ metadata, tensors }: Safetensors): string {
-  const hash = createHash("sha256").update(metadata.settings).update(metadata.text);
+  const hash = createHash("sha256").update(`${metadata.settings}\n${metadata.text}`);
   for (const [name, { data }] of tensors) {
     hash.update(name).update(new Uint8Array(data.buffer, data.byteOffset, data.byteLength));
   }
