@@ -1,6 +1,7 @@
 // Trains a small language model whose attention, forward and backward, is this library's: two layers of Multi-head Latent
 // Attention learn the opening chapters of Pride and Prejudice, character by character. Everything but attention is plain
-// code in train/; attention.ts there is what to copy from. It takes a few minutes without a GPU.
+// code in train/; attention.ts there is what to copy from. It takes a few minutes without a GPU; on a software adapter the
+// first run compiles kernels for another one or two, which Mesa remembers.
 //
 //   deno run -A examples/train.ts      or bun, or node 22.18 and later: WebGPU in those needs `npm install webgpu`
 //     --steps=400           how long to train
