@@ -74,7 +74,10 @@ describe("gradientsAgree()", () => {
       (x) => toFloats(toHalves({ data: Float32Array.of(x), shape: [1] })).data[0],
     );
     const coarse = mapGradients(rounded, (x) => x * (1 + 1e-3 * noise()));
-    assertEquals([problem, halves].map((of) => gradientsAgree(of, coarse, gradients).ok), [false, true]);
+    assertEquals([problem, halves].map((dimensions) => gradientsAgree(dimensions, coarse, gradients).ok), [
+      false,
+      true,
+    ]);
   });
 
   for (const name of ["query", "keyValue", "wKc", "wVc", "bK"] as const) {
@@ -88,7 +91,7 @@ describe("gradientsAgree()", () => {
       ];
       for (const wrong of wrongs) {
         for (const  of of[problem, halves]) {
-          const { ok, detail } = gradientsAgree(of, wrong, gradients);
+          const { ok, detail } = gradientsAgree(dimensions, wrong, gradients);
           assert(!ok);
           assertMatch(detail, new RegExp(`^${name}: relL2 \\d\\.\\d\\de[+-]\\d against the best known gradient$`));
         }
