@@ -90,7 +90,7 @@ describe("gradientsAgree()", () => {
         changed(gradients, name, (x) => -x),
       ];
       for (const wrong of wrongs) {
-        for (const  of of[problem, halves]) {
+        for (const dimensions of [problem, halves]) {
           const { ok, detail } = gradientsAgree(dimensions, wrong, gradients);
           assert(!ok);
           assertMatch(detail, new RegExp(`^${name}: relL2 \\d\\.\\d\\de[+-]\\d against the best known gradient$`));
