@@ -27,6 +27,7 @@ import {
 import { type AnyTensor, elementCount, type Tensor } from "../src/op/tensor.ts";
 import { referenceMlaAttentionBackward } from "../src/reference/mla_attention_backward.ts";
 import { stored } from "./support/dtype_attention.ts";
+import { smallConfig } from "./support/gpu.ts";
 import { assertClose } from "./support/metrics.ts";
 import { normals, type ProblemShape, randomCall, randomTensor } from "./support/random_problem.ts";
 
@@ -97,7 +98,7 @@ function assertGradients(
 function checks(platform: "reference" | "webgpu", skip: string | false, relL2: number): void {
   describe(`mlaAttentionVjp() on ${platform}`, { skip }, () => {
     const { executor } = guessing();
-    const here = { platform, executor } as const;
+    const here = { platform, executor, ...(platform === "webgpu" && { cfg: smallConfig }) } as const;
 
     for (const rope of ["none", "in_query", "shared"] as const) {
       for (const [title, changes, more] of variants) {
