@@ -41,7 +41,7 @@ export interface DenseResult {
 export function denseAttention(inputs: DenseInputs, options: MlaMathOptions): DenseResult {
   const { query, keyValue, wKc, wVc, bQ, bK, bias } = inputs;
   const [B, Sq, H] = query.shape;
-  const [, Sk, L] = keyValue.shape;
+  const Sk = keyValue.shape[1];
   const [, G, P] = wKc.shape;
   const V = wVc.shape[2];
   const R = bK?.shape[2] ?? 0;

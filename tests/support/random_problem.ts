@@ -296,9 +296,12 @@ function widthArbitraries(
   });
 }
 
-/** A record of features, or nothing to draw where there are none to have. */
-function featureArbitraries(features: readonly Feature[], length: number) {
-  if (features.length === 0) return {};
+/** The features of a problem, each one drawn about every other time; nothing is drawn where there are none to have. */
+function featureArbitraries(
+  features: readonly Feature[],
+  length: number,
+): { readonly features: fc.Arbitrary<ProblemFeatures | undefined> } {
+  if (features.length === 0) return { features: fc.constant(undefined) };
   const term = fc.record({
     perItem: fc.boolean(),
     perHead: fc.boolean(),
@@ -326,9 +329,11 @@ function featureArbitraries(features: readonly Feature[], length: number) {
   };
 }
 
-function finished({ widths, ...shape }: Omit<ProblemShape, keyof Widths> & { widths: Widths }): ProblemShape {
+function finished(
+  { widths, features, ...shape }: Omit<ProblemShape, keyof Widths> & { widths: Widths },
+): ProblemShape {
   const { rope } = shape;
-  return { ...shape, ...widths, ...(rope === "none" ? { qkRopeHeadDim: 0 } : {}) };
+  return { ...shape, ...widths, ...(rope === "none" ? { qkRopeHeadDim: 0 } : {}), ...(features && { features }) };
 }
 
 type Widths = Pick<ProblemShape, "kvLoraRank" | "qkNopeHeadDim" | "qkRopeHeadDim" | "vHeadDim">;

@@ -1,6 +1,7 @@
 // Which query sees which key, straight from the definitions, one pair at a time: nothing of the library decides it.
 
 import type { MlaInputs, MlaMathOptions } from "../../src/op/mla_problem.ts";
+import type { AnyMask, MaskTensor } from "../../src/op/tensor.ts";
 
 /** What decides it, of a call's tensors. */
 export interface VisibleInputs {
@@ -8,7 +9,7 @@ export interface VisibleInputs {
   readonly keyValue: { readonly shape: readonly number[] };
   readonly cuSeqlens?: MlaInputs["cuSeqlens"];
   readonly bias?: Term;
-  readonly attentionMask?: Term;
+  readonly attentionMask?: AnyMask;
 }
 
 interface Term {
@@ -38,7 +39,8 @@ export function seesByPosition(
 /** By everything: a bias of minus infinity hides, and without a bias a zero in the mask does. */
 export function sees(inputs: VisibleInputs, options: MlaMathOptions): Sees {
   const byPosition = seesByPosition(inputs, options);
-  const { bias, attentionMask: mask } = inputs;
+  const { bias } = inputs;
+  const mask = inputs.attentionMask as MaskTensor | undefined;
   return (item, head, i, j) => {
     if (!byPosition(i, j)) return false;
     if (bias !== undefined) return termAt(bias, item, head, i, j) !== -Infinity;
