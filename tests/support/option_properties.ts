@@ -183,6 +183,19 @@ export const biasWinsOverTheMask: OptionPropertyCheck = (attention, options) =>
     await agree(attention, call, { ...call, inputs }, close, "without the mask");
   });
 
+/** A finite bias far below all scores hides a key as well as minus infinity does, beside keys that it does not hide. */
+export const hugeBiasHides: OptionPropertyCheck = (attention, options) =>
+  forAll(problems(all(options)), options, async (shape, close) => {
+    const call = inOneBias(randomCall(shape));
+    const { bias } = call.inputs;
+    const [, , , keys] = bias!.shape;
+    const finite = map(bias!, (x, index) => {
+      const row = bias!.data.subarray(index - index % keys, index - index % keys + keys);
+      return x === -Infinity && row.some((other) => other > x) ? -1e30 : x;
+    });
+    await agree(attention, { ...call, inputs: { ...call.inputs, bias: finite } }, call, close, "a bias of -1e30");
+  });
+
 /** Batch items do not see each other, nor each other's masks and biases. */
 export const batchItemsHaveTheirTerms: OptionPropertyCheck = (attention, options) =>
   forAll(having(batchedProblems(all(options)), { dropout: () => null }), options, async (shape, close) => {
@@ -365,6 +378,7 @@ export const optionProperties: readonly { readonly name: string; readonly check:
   { name: "shapes of sinks say the same", check: sinkShapesAreOne },
   { name: "a broadcast mask or bias is a repeated one", check: broadcastIsRepetition },
   { name: "the bias wins over the mask", check: biasWinsOverTheMask },
+  { name: "a bias far below the scores hides", check: hugeBiasHides },
   { name: "batch items have masks and biases of their own", check: batchItemsHaveTheirTerms },
   { name: "packed sequences equal separate calls with every option", check: packedSequencesHaveTheirTerms },
   { name: "rows with nothing visible are zero", check: rowsWithNothingVisibleAreZero },
