@@ -98,6 +98,12 @@ const mistakes: Record<string, Mistake> = {
     attention: withOtherInputs(({ softmaxAux }) => softmaxAux ? { softmaxAux: scaled(softmaxAux, 0.5) } : {}),
     noticedBy: ["sinks are keys", "sinks shrink"],
   },
+  "overflows on large sinks": {
+    attention: withOtherResult(({ lse }, { softmaxAux }) => {
+      return softmaxAux?.data.some((x) => x > 88) ? { lse: map(lse, () => Infinity) } : {};
+    }),
+    noticedBy: ["sinks of any size"],
+  },
   "shares sinks of one axis, however many": {
     attention: withOtherInputs(({ softmaxAux: aux }) =>
       aux?.shape.length === 1 ? { softmaxAux: { data: aux.data, shape: [1, aux.shape[0]] } } : {}
@@ -272,6 +278,10 @@ const wrongGradients: Record<string, { readonly gradients: AttentionGradients; r
   "give sinks the wrong sign": {
     gradients: changing("softmaxAux", (gradient) => scaled(gradient, -1)),
     noticedBy: ["gradients of a row's logits"],
+  },
+  "overflow on large sinks": {
+    gradients: adding(({ softmaxAux }) => softmaxAux?.data.some((x) => x > 88) ? NaN : 0),
+    noticedBy: ["sinks of any size"],
   },
   "give weights the mean of the batch": {
     gradients: changing("wVc", (gradient, { query }) => scaled(gradient, 1 / Math.max(1, query.shape[0]))),

@@ -196,6 +196,18 @@ export const logitsSumToZero: GradientPropertyCheck = (gradients, options) =>
     close(all, zeros(all), "the sum of all gradients of biases and sinks");
   });
 
+/** Sinks of any size: far above the scores they leave no gradient, far below them all of it. */
+export const sinksOfAnySize: GradientPropertyCheck = (gradients, options) =>
+  forAll(having(problems(all(options)), { softmaxAux: someSinks }), options, async (shape, close) => {
+    const { inputs: { softmaxAux, ...inputs }, options: math } = randomCall(shape);
+    const gradOutput = gradOutputOf(shape);
+    const bare = { ...await gradients(inputs, math, gradOutput), softmaxAux: map(softmaxAux!, () => 0) };
+    const low = await gradients({ ...inputs, softmaxAux: map(softmaxAux!, (x) => x - 1e4) }, math, gradOutput);
+    compare(low, bare, close, "sinks of -1e4");
+    const high = await gradients({ ...inputs, softmaxAux: map(softmaxAux!, (x) => x + 1e4) }, math, gradOutput);
+    compare(high, combine([bare], ([tensor]) => map(tensor, () => 0)), close, "sinks of 1e4");
+  });
+
 /** Batch items give their own gradients, and the weights, sinks and biases gather those of all. */
 export const batchItemsSum: GradientPropertyCheck = (gradients, options) =>
   forAll(having(batchedProblems(all(options)), { dropout: () => null }), options, async (shape, close) => {
@@ -245,6 +257,7 @@ export const gradientProperties: readonly { readonly name: string; readonly chec
   { name: "KV heads gather the gradients of their query heads", check: kvHeadsSumTheirQueryHeads },
   { name: "a broadcast bias or sink gathers what it is given to", check: broadcastSums },
   { name: "gradients of a row's logits sum to zero", check: logitsSumToZero },
+  { name: "sinks of any size leave no gradient or all of it", check: sinksOfAnySize },
   { name: "batch items give their own gradients", check: batchItemsSum },
   { name: "packed sequences give the gradients of separate calls", check: packedSequencesSum },
 ];

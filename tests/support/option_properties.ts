@@ -148,6 +148,23 @@ export const sinksAreKeysOfZero: OptionPropertyCheck = (attention, options) =>
     );
   });
 
+/** Sinks of any size: far above the scores they take everything, far below them nothing. */
+export const sinksOfAnySize: OptionPropertyCheck = (attention, options) =>
+  forAll(having(problems(all(options)), { softmaxAux: someSinks }), options, async (shape, close) => {
+    const call = randomCall(shape);
+    const { softmaxAux, ...inputs } = call.inputs;
+    const bare = await attention(inputs, call.options);
+    const low = await attention({ ...inputs, softmaxAux: map(softmaxAux!, (x) => x - 1e4) }, call.options);
+    compare(low, bare, close, "sinks of -1e4");
+    const sinks = map(softmaxAux!, (x) => x + 1e4);
+    const high = await attention({ ...inputs, softmaxAux: sinks }, call.options);
+    const logs = sinksPerHead(sinks, queryHeads(shape)).map(logSumExp);
+    const lse = bare.lse && map(bare.lse, (x, row) => {
+      return x === -Infinity ? x : logs[Math.floor(row / shape.queryLength) % logs.length];
+    });
+    compare(high, { output: map(bare.output, () => 0), lse }, close, "sinks of 1e4");
+  });
+
 /** The shapes of sinks say the same: `[Hq]` and `[Hq, 1]`, and `[1, n]`, `[n]` and `[Hq, n]`. */
 export const sinkShapesAreOne: OptionPropertyCheck = (attention, options) =>
   forAll(having(problems(all(options)), { softmaxAux: someSinks }), options, async (shape, close) => {
@@ -375,6 +392,7 @@ export const optionProperties: readonly { readonly name: string; readonly check:
   { name: "a large soft cap is none", check: largeSoftCapIsNone },
   { name: "a tiny soft cap leaves biases and sinks", check: tinySoftCapLeavesTheRest },
   { name: "sinks are keys with values of zero", check: sinksAreKeysOfZero },
+  { name: "sinks of any size take everything or nothing", check: sinksOfAnySize },
   { name: "shapes of sinks say the same", check: sinkShapesAreOne },
   { name: "a broadcast mask or bias is a repeated one", check: broadcastIsRepetition },
   { name: "the bias wins over the mask", check: biasWinsOverTheMask },
