@@ -3,14 +3,16 @@ import { assertEquals, assertInstanceOf, assertStringIncludes, assertThrows } fr
 import { FlashMLAError } from "../src/op/errors.ts";
 import {
   allInputs,
+  floatInputs,
   lseShape,
   type MlaInputs,
   type MlaMathOptions,
   mlaProblem,
   outputShape,
   sinksPerHead,
+  snapshot,
 } from "../src/op/mla_problem.ts";
-import { elementCount, type MaskTensor, type Tensor, tensor } from "../src/op/tensor.ts";
+import { type AnyMask, elementCount, type MaskTensor, type Tensor, tensor } from "../src/op/tensor.ts";
 
 /** Zeros of a shape. */
 function zeros(...shape: number[]): Tensor {
@@ -30,6 +32,7 @@ const good = {
   wVc: zeros(8, 3, 9),
   bK: zeros(2, 7, 2),
 };
+const gpuMask = { buffer: { size: 36, usage: 0x80 }, shape: [1, 1, 5, 7], dtype: "u8" };
 const sharedRope = { ...good, query: zeros(2, 5, 6, 4), bQ: zeros(2, 5, 2) };
 const packed = { query: zeros(1, 5, 6, 4), keyValue: zeros(1, 5, 8), wKc: good.wKc, wVc: good.wVc };
 
@@ -85,6 +88,27 @@ describe("mlaProblem()", () => {
     }
     assertEquals(mlaProblem(good, { attentionMask: { ...bytes(1, 1, 5, 7), dtype: "u8" } }).scoreTerm, "mask");
     assertEquals(mlaProblem(packed, { bias: zeros(1, 1, 5, 5) }).scoreTerm, "bias");
+  });
+
+  test("takes a mask on a GPU, at any byte, which the reference does not", () => {
+    const attentionMask = gpuMask as unknown as AnyMask;
+    assertEquals(mlaProblem(good, { attentionMask: { ...attentionMask, offset: 1 } as AnyMask }).scoreTerm, "mask");
+    assertThrows(
+      () => floatInputs({ ...good, attentionMask }),
+      FlashMLAError,
+      "attentionMask lies on a GPU, the refer",
+    );
+  });
+
+  test("keeps masks, biases and sinks as they were in a snapshot, but for a mask that a bias overrules", () => {
+    const attentionMask = bytes(1, 1, 5, 7);
+    const softmaxAux = zeros(6);
+    const held = snapshot({ ...good, attentionMask, softmaxAux });
+    const mask = held.attentionMask as MaskTensor;
+    assertEquals([mask.data === attentionMask.data, mask.shape === attentionMask.shape], [true, false]);
+    assertEquals(held.softmaxAux, { ...softmaxAux, dtype: undefined });
+    const both = snapshot({ ...good, attentionMask, bias: zeros(1, 1, 5, 7) });
+    assertEquals([both.bias?.shape, both.attentionMask], [[1, 1, 5, 7], undefined]);
   });
 
   test("lets the bias win over the mask", () => {
@@ -423,6 +447,19 @@ const refusals: [title: string, inputs: object, options: object, message: string
     { attentionMask: bytes(2, 3, 5, 7) },
     "attentionMask has shape [2, 3, 5, 7], expected [batch 1 or 2, queryHeads 1 or 6, queryLength 5, keyLength 7]",
   ],
+  [
+    "a mask for one query",
+    good,
+    { attentionMask: bytes(2, 6, 1, 7) },
+    "attentionMask has shape [2, 6, 1, 7], expected",
+  ],
+  ["a mask for one key", good, { attentionMask: bytes(2, 6, 5, 1) }, "attentionMask has shape [2, 6, 5, 1], expected"],
+  [
+    "a mask of another batch",
+    good,
+    { attentionMask: bytes(3, 1, 5, 7) },
+    "attentionMask has shape [3, 1, 5, 7], expec",
+  ],
   ["a mask of keys alone", good, { attentionMask: bytes(2, 7) }, "attentionMask has shape [2, 7], expected [batch 1 o"],
   [
     "a bad mask beside a bias",
@@ -441,6 +478,12 @@ const refusals: [title: string, inputs: object, options: object, message: string
     good,
     { attentionMask: { data: Array(35).fill(true), shape: [1, 1, 5, 7] } },
     "attentionMask as a mask: data must be a Uint8Array (non-zero is visible), got an array of 35",
+  ],
+  [
+    "a mask of signed bytes",
+    good,
+    { attentionMask: { data: new Int8Array(35), shape: [1, 1, 5, 7] } },
+    "attentionMask as a mask: data must be a Uint8Array (non-zero is visible), got Int8Array",
   ],
   [
     "a mask of clamped bytes",
@@ -478,6 +521,39 @@ const refusals: [title: string, inputs: object, options: object, message: string
     { attentionMask: bytes(1, 1, 5, 7) },
     "attentionMask is given among the inputs and among the options; give one",
   ],
+
+  // Masks on a GPU, of 35 bytes.
+  [
+    "a GPU mask of floats",
+    good,
+    { attentionMask: { ...gpuMask, dtype: "f32" } },
+    'attentionMask as a mask: dtype must be "u8", got "f32"',
+  ],
+  [
+    "a GPU mask without a buffer",
+    good,
+    { attentionMask: { ...gpuMask, buffer: null } },
+    "attentionMask as a mask: buffer must be a GPUBuffer, got null",
+  ],
+  [
+    "a GPU mask past its buffer's end",
+    good,
+    { attentionMask: { ...gpuMask, offset: 2 } },
+    "attentionMask as a mask: shape [1,1,5,7] in u8 at offset 2 needs a buffer of 40 bytes (37 rounded up to 4), got 36",
+  ],
+  [
+    "a GPU mask at half a byte",
+    good,
+    { attentionMask: { ...gpuMask, offset: 0.5 } },
+    'attentionMask as a mask: offset must be a multiple of 1 bytes for dtype "u8", got 0.5',
+  ],
+  [
+    "a GPU mask that kernels cannot read",
+    good,
+    { attentionMask: { ...gpuMask, buffer: { size: 36, usage: 8 } } },
+    "attentionMask as a mask: buffer must have usage STORAGE, got usage 0x8",
+  ],
+  ["a GPU mask that is gone", good, { attentionMask: { ...gpuMask, disposed: true } }, "as a mask: it was disposed of"],
 
   // Sinks.
   [
@@ -523,6 +599,7 @@ const refusals: [title: string, inputs: object, options: object, message: string
   ["a null window", good, { slidingWindow: null }, "or a pair [left, right], got null"],
   ["a negative side", good, { slidingWindow: [2, -1] }, "slidingWindow [2, -1] must hold whole numbers from 0"],
   ["a fractional side", good, { slidingWindow: [0.5, 1] }, "slidingWindow [0.5, 1] must hold whole numbers from 0"],
+  ["a side in a string", good, { slidingWindow: ["1", 1] }, 'slidingWindow ["1", 1] must hold whole numbers from 0'],
   ["an endless side", good, { slidingWindow: [Infinity, 0] }, "slidingWindow [Infinity, 0] must hold whole numbers fr"],
   [
     "a missing side",
@@ -538,11 +615,11 @@ const refusals: [title: string, inputs: object, options: object, message: string
     { dropout: { rate, seed: 0 } },
     `dropout.rate must be from 0 up to but not including 1, got ${typeof rate === "string" ? '"0.5"' : rate}`,
   ]),
-  ...[-1, 0.5, 2 ** 53, NaN, undefined].map((seed): typeof refusals[number] => [
+  ...[-1, 0.5, 2 ** 53, NaN, "1", undefined].map((seed): typeof refusals[number] => [
     `a dropout seed of ${seed}`,
     good,
     { dropout: { rate: 0.1, seed } },
-    `dropout.seed must be a whole number from 0 to 2^53 - 1, got ${seed}`,
+    `dropout.seed must be a whole number from 0 to 2^53 - 1, got ${typeof seed === "string" ? '"1"' : seed}`,
   ]),
   ["a bare dropout rate", good, { dropout: 0.1 }, "dropout must be { rate, seed }, got 0.1"],
   ["a null dropout", good, { dropout: null }, "dropout must be { rate, seed }, got null"],
