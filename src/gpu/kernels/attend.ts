@@ -14,7 +14,10 @@
 //
 // Masking is by selection: a masked score becomes the sentinel and its probability 0. A value row that holds NaN or
 // infinity would still spoil masked rows through 0 · NaN, so blocks that mask anything watch the staged values and fall
-// back to a selecting product once one was seen.
+// back to a selecting product once one was seen. Key blocks outside of what the rows see by window and causal mask are
+// never visited; where there is a bias or a mask, every block counts as masking.
+//
+// Sinks join at the end: they change the denominator, never the maximum that the keys are summed under.
 
 import type { FlashMLAConfig } from "../../op/config.ts";
 import type { Capabilities } from "../capabilities.ts";
@@ -31,6 +34,7 @@ import {
   unroll,
 } from "./register_tile.ts";
 import { rowMaximum, rowTotal } from "./row_reduction.ts";
+import { scoreConstants, scoreFunctions } from "./score_terms.ts";
 import { storageDirectives, store4 } from "./storage_element.ts";
 
 /** The tile of one attention kernel: the part of a configuration that it reads. */
@@ -133,7 +137,7 @@ export function whyInvalid(
 /** The kernel's source. */
 export function wgsl(tile: AttendTile, shape: AttendShape, capabilities: Pick<Capabilities, "subgroups">): string {
   const { blockQ, blockK, numStages, rowsPerThread, blockDepth, probKeys, unrollDepth } = tile;
-  const { rope } = shape;
+  const { rope, terms } = shape;
   const { workgroupSize, threadRows, threadColumns, rowQuads, keyQuads, valueQuads } = threadMap(tile, shape);
   const paddedValueQuads = valueQuads * threadColumns;
   const leftStride = stagedStride(blockQ);
@@ -152,6 +156,14 @@ export function wgsl(tile: AttendTile, shape: AttendShape, capabilities: Pick<Ca
     unroll(rowsPerThread, (i) => unroll(valueQuads, (c) => emit(`o${i}_${c}`, i, c)));
   /** The key, relative to the block, of score register j. */
   const keyOf = (j: number) => `4u * (${keyQuad(Math.floor(j / 4))}) + ${j % 4}u`;
+
+  /** Multiplies four rows' probabilities of one key by what dropout leaves of them. */
+  const dropped = (s: string, key: string, row: string) =>
+    `${s} *= vec4<f32>(${
+      [0, 1, 2, 3].map((i) =>
+        `keptFactor(dropped, position + block.rowStart + 4u * (${row}) + ${i}u, keyBase + ${key} - origin)`
+      ).join(", ")
+    });`;
 
   const queries: Staging = {
     name: "query",
@@ -230,8 +242,7 @@ const DEPTH_PIECES = ${depthPieces}u;
 const TX = ${threadColumns}u;
 const PROB_SLICES = ${probSlices}u;
 const VALUE_QUADS = ${paddedValueQuads}u;
-const MASKED = -3.4e38;
-const UNSEEN = -3.0e38;
+${scoreConstants}
 
 ${declarations(shape)}
 
@@ -239,6 +250,8 @@ var<workgroup> left: array<array<array<vec4<f32>, ${leftStride}>, ${blockDepth}>
 var<workgroup> right: array<array<array<vec4<f32>, ${rightStride}>, ${blockDepth}>, ${numStages}>;
 var<workgroup> probs: array<array<array<vec4<f32>, ${leftStride}>, ${blockDepth}>, ${probSlices}>;
 var<workgroup> poisoned: array<atomic<u32>, 4>; // [0] is set once a staged value row held NaN or infinity
+
+${scoreFunctions(terms)}
 
 ${loaders(shape, probKeys)}
 
@@ -264,16 +277,24 @@ fn stageValue(piece: u32, stage: u32, value: vec4<f32>) {
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) t: u32) {
   let block = blocks[params.firstBlock + workgroup.y];
   let head = params.firstHead + workgroup.x;
-  let kvHead = workgroup.x / params.groupSize;
+  let kvHead = head / params.groupSize - params.firstKvHead;
   let scoreSlices = nopeSlices()${rope === "none" ? "" : " + (params.R + DEPTH - 1u) / DEPTH"};
   let tx = t % TX;
   let ty = t / TX;
   if (t == 0u) { atomicStore(&poisoned[0], 0u); } // many barriers before its first use
-${unroll(rowQuads, (r) => `  var rowMax${r} = vec4<f32>(MASKED);\n  var rowSum${r} = vec4<f32>();`)}
+  let origin = block.item * params.keyLength; // first key row of the batch item
+  let position = params.firstRow - block.item * params.queryLength; // of row 0 in the batch item, modulo 2^32
+${terms.dropout ? "  let dropped = dropoutKey(block.item, head);\n" : ""}${
+    unroll(rowQuads, (r) => `  var rowMax${r} = vec4<f32>(MASKED);\n  var rowSum${r} = vec4<f32>();`)
+  }
 ${indent(everyOutput((o) => `var ${o} = vec4<f32>();`), 2)}
 
-  for (var keyBase = block.keyStart; keyBase < block.keyEnd; keyBase += BLOCK_K) {
-    let masking = keyBase + BLOCK_K > block.sharedEnd;
+  for (var keyBase = block.columnStart; keyBase < block.columnEnd; keyBase += BLOCK_K) {
+    let masking = ${
+    terms.scoreTerm === "none"
+      ? `${terms.window ? "keyBase < block.sharedStart || " : ""}keyBase + BLOCK_K > block.sharedEnd`
+      : "true"
+  };
 
     // Scores.
 ${indent(everyScore((s) => `var ${s} = vec4<f32>();`), 4)}
@@ -289,19 +310,35 @@ ${
       4,
     )
   }
-${indent(everyScore((s) => `${s} *= params.scaleLog2;`), 4)}
+${indent(everyScore((s) => `${s} = scoreOf(${s});`), 4)}
     if (masking) {
 ${
-    unroll(rowQuads, (r) => {
-      const row = `block.queryStart + 4u * (${rowQuad(r)})`;
-      return `      let end${r} = min(vec4<u32>(max(vec4<i32>(i32(${row})) + vec4<i32>(0, 1, 2, 3) + block.diagonal, vec4<i32>())), vec4<u32>(block.keyEnd));`;
-    })
+    unroll(rowQuads, (r) =>
+      `      let row${r} = vec4<i32>(i32(block.rowStart + 4u * (${rowQuad(r)}))) + vec4<i32>(0, 1, 2, 3);
+      let end${r} = min(row${r} + block.diagonalEnd, vec4<i32>(i32(block.columnEnd)));${
+        terms.window ? `\n      let start${r} = row${r} + block.diagonalStart;` : ""
+      }`)
   }
 ${
     indent(
       unroll(keyQuads * 4, (j) =>
-        `let key${j} = vec4<u32>(keyBase + ${keyOf(j)});
-${unroll(rowQuads, (r) => `s${j}_${r} = select(vec4<f32>(MASKED), s${j}_${r}, key${j} < end${r});`)}`),
+        `let key${j} = vec4<i32>(i32(keyBase + ${keyOf(j)}));
+${
+          unroll(rowQuads, (r) => {
+            const seen = terms.window ? `(key${j} < end${r}) & (key${j} >= start${r})` : `key${j} < end${r}`;
+            if (terms.scoreTerm === "none") return `s${j}_${r} = select(vec4<f32>(MASKED), s${j}_${r}, ${seen});`;
+            return `{
+  let seen = ${seen};
+${
+              unroll(
+                4,
+                (i) =>
+                  `  if (seen[${i}] && row${r}[${i}] < i32(block.rowEnd)) { s${j}_${r}[${i}] = withTerm(s${j}_${r}[${i}], block.item, head, position + u32(row${r}[${i}]), u32(key${j}[${i}]) - origin); } else { s${j}_${r}[${i}] = MASKED; }`,
+              )
+            }
+}`;
+          })
+        }`),
       6,
     )
   }
@@ -331,6 +368,7 @@ rowSum${r} += ${s};`
       4,
     )
   }
+${terms.dropout ? indent(everyScore((s, j, r) => dropped(s, keyOf(j), rowQuad(r))), 4) : ""}
 ${indent(everyOutput((o, i) => `${o} *= decay${Math.floor(i / 4)}[${i % 4}];`), 4)}
 
     // Outputs.
@@ -356,21 +394,48 @@ ${indent(multiplyValues(stage), 2)}
     }
   }
 
-  // Row sums over the invocations of a row.
+  // Row sums over the invocations of a row. A row that sees no key has none; a NaN sum is not 0 and must reach the output.
 ${indent(rowTotal(exchange), 2)}
 ${
+    unroll(rowQuads, (r) =>
+      shape.sinkQuads === 0
+        ? `  let top${r} = rowMax${r};\n  let share${r} = select(1.0 / total${r}, vec4<f32>(), total${r} == vec4<f32>());`
+        : `  let sink${r} = vec4<f32>(sinks[head / 4u][head % 4u]);
+  let top${r} = max(rowMax${r}, sink${r});
+  let unseen${r} = total${r} == vec4<f32>();
+  let down${r} = exp2(rowMax${r} - top${r});
+  total${r} = select(total${r} * down${r} + exp2(sink${r} - top${r}), vec4<f32>(), unseen${r});
+  let share${r} = select(down${r} / total${r}, vec4<f32>(), unseen${r});`)
+  }
+${
+    !shape.lse ? "" : `  if (tx == 0u) {
+    let lseRow = params.lseBase + block.item * params.lseItem + head * params.lseHead + position;
+${
+      unroll(rowQuads, (r) => {
+        const value =
+          `select((top${r} + log2(total${r})) * LN2, vec4<f32>(params.minusInfinity), total${r} == vec4<f32>())`;
+        return `    {
+      let row = block.rowStart + 4u * (${rowQuad(r)});
+      let logSum = ${value};
+${unroll(4, (i) => `      if (row + ${i}u < block.rowEnd) { lse[lseRow + row + ${i}u] = logSum[${i}]; }`)}
+    }`;
+      })
+    }
+  }`
+  }
+${
     unroll(rowsPerThread, (i) => {
-      const total = `total${Math.floor(i / 4)}[${i % 4}]`;
+      const share = `share${Math.floor(i / 4)}[${i % 4}]`;
       return `  {
-    let row = block.queryStart + 4u * (${rowQuad(Math.floor(i / 4))}) + ${i % 4}u;
-    if (row < block.queryEnd) {
+    let row = block.rowStart + 4u * (${rowQuad(Math.floor(i / 4))}) + ${i % 4}u;
+    if (row < block.rowEnd) {
       let offset = params.outputBase + row * params.outputRow + block.rangeItem * params.outputGap + head * params.outputHead;
 ${
         unroll(valueQuads, (c) =>
           indent(
             `{
   let column = 4u * (${keyQuad(c)});
-  let result = select(o${i}_${c} / ${total}, vec4<f32>(), ${total} == 0.0);
+  let result = select(o${i}_${c} * ${share}, vec4<f32>(), ${share} == 0.0);
 ${indent(store4("output", shape.output, "offset", "column", "params.V", "result"), 2)}
 }`,
             6,

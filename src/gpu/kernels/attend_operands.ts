@@ -2,6 +2,8 @@
 // loaded from wherever their tensors lie.
 
 import type { MlaProblem } from "../../op/mla_problem.ts";
+import { blockStruct } from "../schedule.ts";
+import { scoreFloatFields, type ScoreTerms, scoreWordFields, storesHalves, termBinding } from "./score_terms.ts";
 import { load4, type StorageElement } from "./storage_element.ts";
 
 /**
@@ -11,34 +13,69 @@ import { load4, type StorageElement } from "./storage_element.ts";
 export interface AttendShape extends Pick<MlaProblem, "vHeadDim" | "rope"> {
   /** Queries as they are stored. */
   readonly query: StorageElement;
-  /** Expanded keys as they are stored. */
-  readonly keys: StorageElement;
-  /** Expanded values as they are stored. */
-  readonly values: StorageElement;
+  /** Expanded keys and values as they are stored. */
+  readonly expanded: StorageElement;
   /** Outputs as they are to be stored. */
   readonly output: StorageElement;
   /** Rotary keys as they are stored, with rope modes that have them. */
   readonly ropeKey: StorageElement;
   /** Rotary queries as they are stored, with rope mode `shared`. */
   readonly ropeQuery: StorageElement;
+  /** What happens to the scores. */
+  readonly terms: ScoreTerms;
+  /** Vectors of four heads' sinks in the uniform of sinks; 0 without sinks. */
+  readonly sinkQuads: number;
+  /** Whether the log-sum-exp is stored. */
+  readonly lse: boolean;
 }
 
 /** The element types of every array that the kernel binds. */
-export function whatItStores({ query, keys, values, output, rope, ropeKey, ropeQuery }: AttendShape): StorageElement[] {
+export function whatItStores(shape: AttendShape): StorageElement[] {
+  const { query, expanded, output, rope, ropeKey, ropeQuery, terms } = shape;
   return [
-    ...[query, keys, values, output],
+    ...[query, expanded, output],
     ...(rope === "none" ? [] : [ropeKey]),
     ...(rope === "shared" ? [ropeQuery] : []),
+    ...(storesHalves(terms) ? ["f16" as const] : []),
   ];
 }
 
+/** Index of each operand's binding. Storage buffers are eight at most, WebGPU's default limit; sinks are a uniform. */
+export const attendBindings = {
+  blocks: 1,
+  query: 2,
+  expanded: 3,
+  output: 4,
+  bK: 5,
+  bQ: 6,
+  lse: 7,
+  term: 8,
+  sinks: 9,
+} as const;
+
 /** WGSL of the parameter block, the schedule and the bindings. */
 export function declarations(shape: AttendShape): string {
-  const { rope, query, keys, values, output, ropeKey, ropeQuery } = shape;
+  const { rope, query, expanded, output, ropeKey, ropeQuery, terms, sinkQuads, lse } = shape;
+  const at = attendBindings;
+  const bound = [
+    `@group(0) @binding(0) var<uniform> params: Params;`,
+    `@group(0) @binding(${at.blocks}) var<storage, read> blocks: array<Block>;`,
+    `@group(0) @binding(${at.query}) var<storage, read> query: array<${query}>;`,
+    `@group(0) @binding(${at.expanded}) var<storage, read> expanded: array<${expanded}>; // keys, then values`,
+    `@group(0) @binding(${at.output}) var<storage, read_write> output: array<${output}>;`,
+    rope === "none" ? "" : `@group(0) @binding(${at.bK}) var<storage, read> ropeKey: array<${ropeKey}>;`,
+    rope === "shared" ? `@group(0) @binding(${at.bQ}) var<storage, read> ropeQuery: array<${ropeQuery}>;` : "",
+    lse ? `@group(0) @binding(${at.lse}) var<storage, read_write> lse: array<f32>;` : "",
+    termBinding(terms, at.term),
+    sinkQuads === 0 ? "" : `@group(0) @binding(${at.sinks}) var<uniform> sinks: array<vec4<f32>, ${sinkQuads}>;`,
+  ];
   return `struct Params {
-  scaleLog2: f32,    // softmaxScale · log2(e)
-  firstHead: u32,    // first query head of this head group
+${scoreFloatFields}
+${scoreWordFields}
+  firstHead: u32,    // first query head of this dispatch
+  firstKvHead: u32,  // first KV head of the head group, which keys and values begin with
   groupKvHeads: u32, // KV heads in a row of keys and values
+  valuesBase: u32,   // elements from the first key to the first value
   firstBlock: u32,   // index of the first block of this dispatch
   groupSize: u32,    // query heads per KV head
   P: u32,            // widths of a head: rebuilt from latents, rotary, value
@@ -60,27 +97,15 @@ export function declarations(shape: AttendShape): string {
   ropeQueryBase: u32,
   ropeQueryRow: u32,
   ropeQueryGap: u32,
+  // Elements from the binding's start to the first log-sum-exp, from one item and one head to the next.
+  lseBase: u32,
+  lseItem: u32,
+  lseHead: u32,
 }
 
-struct Block {
-  queryStart: u32,
-  queryEnd: u32,
-  keyStart: u32,
-  keyEnd: u32,    // one past the last key that any row sees
-  sharedEnd: u32, // one past the last key that every row sees
-  diagonal: i32,  // causal: row i sees keys below i + diagonal
-  item: u32,      // batch item
-  rangeItem: u32, // batch item, counted from that of the query range's first row
-}
+${blockStruct}
 
-@group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> blocks: array<Block>;
-@group(0) @binding(2) var<storage, read> query: array<${query}>;
-@group(0) @binding(3) var<storage, read> keys: array<${keys}>;
-@group(0) @binding(4) var<storage, read> values: array<${values}>;
-@group(0) @binding(5) var<storage, read_write> output: array<${output}>;
-${rope === "none" ? "" : `@group(0) @binding(6) var<storage, read> ropeKey: array<${ropeKey}>;`}
-${rope === "shared" ? `@group(0) @binding(7) var<storage, read> ropeQuery: array<${ropeQuery}>;` : ""}`;
+${bound.filter((line) => line !== "").join("\n")}`;
 }
 
 /** WGSL functions that load one piece, four neighbours of one row, of a slice of queries, keys or values. */
@@ -92,10 +117,10 @@ export function loaders(shape: AttendShape, probKeys: number): string {
   return `fn nopeSlices() -> u32 { return (params.P + DEPTH - 1u) / DEPTH; }
 
 fn loadQuery(block: Block, head: u32, piece: u32, slice: u32) -> vec4<f32> {
-  let row = block.queryStart + piece / DEPTH_PIECES;
+  let row = block.rowStart + piece / DEPTH_PIECES;
   let within = (piece % DEPTH_PIECES) * 4u;
   let offset = params.queryBase + row * params.queryRow + block.rangeItem * params.queryGap + head * params.queryHead;
-  if (row >= block.queryEnd) { return vec4<f32>(); }
+  if (row >= block.rowEnd) { return vec4<f32>(); }
   if (slice < nopeSlices()) {
     let column = slice * DEPTH + within;
     if (column < params.P) { return ${load4("query", shape.query, "offset", "column", "params.P")}; }
@@ -116,10 +141,10 @@ fn loadKey(block: Block, kvHead: u32, keyBase: u32, piece: u32, slice: u32) -> v
   let row = keyBase + piece / DEPTH_PIECES;
   let within = (piece % DEPTH_PIECES) * 4u;
   let offset = (row * params.groupKvHeads + kvHead) * params.P;
-  if (row >= block.keyEnd) { return vec4<f32>(); }
+  if (row >= block.columnEnd) { return vec4<f32>(); }
   if (slice < nopeSlices()) {
     let column = slice * DEPTH + within;
-    if (column < params.P) { return ${load4("keys", shape.keys, "offset", "column", "params.P")}; }
+    if (column < params.P) { return ${load4("expanded", shape.expanded, "offset", "column", "params.P")}; }
   }${
     rope === "none" ? "" : ` else {
     let column = (slice - nopeSlices()) * DEPTH + within;
@@ -139,8 +164,8 @@ fn sliceKey(group: u32, entry: u32) -> u32 {
 fn loadValue(block: Block, kvHead: u32, keyBase: u32, group: u32, piece: u32, slice: u32) -> vec4<f32> {
   let row = keyBase + sliceKey(group, slice * DEPTH + piece / VALUE_QUADS);
   let column = (piece % VALUE_QUADS) * 4u;
-  let offset = (row * params.groupKvHeads + kvHead) * params.V;
-  if (row >= block.keyEnd || column >= params.V) { return vec4<f32>(); }
-  return ${load4("values", shape.values, "offset", "column", "params.V")};
+  let offset = params.valuesBase + (row * params.groupKvHeads + kvHead) * params.V;
+  if (row >= block.columnEnd || column >= params.V) { return vec4<f32>(); }
+  return ${load4("expanded", shape.expanded, "offset", "column", "params.V")};
 }`;
 }
