@@ -25,7 +25,10 @@ import {
 export type StorageType = "f32" | "f16";
 
 /** The tensors of a call that lie in GPU memory while it runs. */
-export type LaidOut = TensorName | "attentionMask" | "output" | "lse";
+export type LaidOut = TensorName | "attentionMask" | "output" | "lse" | "gradOutput" | GradientName;
+
+/** The name of a tensor's gradient. */
+export type GradientName = `grad.${TensorName}`;
 
 /** How one tensor lies in GPU memory. Lengths are in elements. */
 export interface OperandLayout {

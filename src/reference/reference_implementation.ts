@@ -20,6 +20,7 @@ const onlyConfig: FlashMLAConfig = {
   unrollDepth: false,
   subgroups: false,
   expandBlock: 1,
+  gradBlock: 1,
   platform: "reference",
   backend: "any",
 };
