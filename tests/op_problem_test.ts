@@ -36,8 +36,40 @@ describe("mlaProblem()", () => {
       causal: true,
       softmaxScale: 0.25,
       cuSeqlens: null,
+      logitsSoftCap: null,
+      slidingWindow: null,
+      scoreTerm: "none",
+      sinks: 0,
+      dropout: null,
       dtype: "f32",
     });
+  });
+
+  test("names every option that changes the result", () => {
+    const { logitsSoftCap, slidingWindow, scoreTerm, sinks, dropout } = mlaProblem(good, {
+      logitsSoftCap: 30,
+      slidingWindow: 4,
+      bias: zeros(1, 6, 5, 7),
+      attentionMask: { data: new Uint8Array(2 * 5 * 7), shape: [2, 1, 5, 7] },
+      softmaxAux: zeros(6, 2),
+      dropout: { rate: 0.5, seed: 7 },
+    });
+    assertEquals({ logitsSoftCap, slidingWindow, scoreTerm, sinks, dropout }, {
+      logitsSoftCap: 30,
+      slidingWindow: [4, 4],
+      scoreTerm: "bias",
+      sinks: 2,
+      dropout: { rate: 0.5, seed: 7, firstItem: 0, firstPosition: 0 },
+    });
+    assertEquals(mlaProblem(good, { slidingWindow: [0, 3] }).slidingWindow, [0, 3]);
+    assertEquals(mlaProblem(good, { dropout: { rate: 0, seed: 1 } }).dropout, null);
+    const masked = { ...good, attentionMask: { data: new Uint8Array(35), shape: [1, 1, 5, 7] } };
+    assertEquals(mlaProblem(masked).scoreTerm, "mask");
+  });
+
+  test("takes a 1-D softmaxAux as long as there are heads as one sink per head, else as shared", () => {
+    const sinks = (...shape: number[]) => mlaProblem(good, { softmaxAux: zeros(...shape) }).sinks;
+    assertEquals([sinks(6), sinks(5), sinks(6, 3), sinks(1, 6), sinks(1, 4)], [1, 5, 3, 6, 4]);
   });
 
   test("defaults to no causal mask and a scale of 1/√(P + R)", () => {
@@ -292,6 +324,104 @@ const refusals: [title: string, inputs: object, options: object, message: string
     {},
     "cuSeqlens must be an Int32Array, a Uint32Array or an array of numbers, got null",
   ],
+
+  // Bias, mask and sinks.
+  ...([
+    [
+      "for other queries",
+      zeros(2, 6, 4, 7),
+      "has shape [2, 6, 4, 7], expected [batch 1 or 2, queryHeads 1 or 6, queryLength 5",
+    ],
+    ["for other keys", zeros(2, 6, 5, 1), "has shape [2, 6, 5, 1], expected [batch 1 or 2"],
+    ["for KV heads", zeros(2, 3, 5, 7), "has shape [2, 3, 5, 7], expected [batch 1 or 2"],
+    ["for another batch", zeros(3, 1, 5, 7), "has shape [3, 1, 5, 7], expected [batch 1 or 2"],
+    ["without heads", zeros(2, 5, 7), "has shape [2, 5, 7], expected [batch 1 or 2"],
+  ] as const).flatMap(([which, bias, message]): [string, object, object, string][] => {
+    const attentionMask = { data: new Uint8Array(bias.data.length), shape: bias.shape };
+    return [
+      [`a bias ${which}`, good, { bias }, `bias ${message}`],
+      [`a mask ${which}`, good, { attentionMask }, `attentionMask ${message}`],
+    ];
+  }),
+  ["a null bias", good, { bias: null }, "bias as a tensor: expected { data, shape } or { buffer"],
+  ["a bias of bytes", good, { bias: { data: new Uint8Array(35), shape: [1, 1, 5, 7] } }, "bias as a tensor: data must"],
+  [
+    "a mask of numbers",
+    good,
+    { attentionMask: zeros(1, 1, 5, 7) },
+    "must be a Uint8Array (non-zero is visible), got Fl",
+  ],
+  [
+    "a mask of booleans",
+    good,
+    { attentionMask: { data: Array(35).fill(true), shape: [1, 1, 5, 7] } },
+    "attentionMask as a mask: data must be a Uint8Array (non-zero is visible), got an array of 35",
+  ],
+  [
+    "a mask of signed bytes",
+    good,
+    { attentionMask: { data: new Int8Array(35), shape: [1, 1, 5, 7] } },
+    "must be a Uint8Array (non-zero is visible), got Int8Array",
+  ],
+  [
+    "a mask of another dtype",
+    good,
+    { attentionMask: { data: new Uint8Array(35), shape: [1, 1, 5, 7], dtype: "f32" } },
+    'attentionMask as a mask: dtype must be "u8", got "f32"',
+  ],
+  [
+    "too small a mask",
+    good,
+    { attentionMask: { data: new Uint8Array(34), shape: [1, 1, 5, 7] } },
+    "shape [1,1,5,7] needs 35 elements, data has 34",
+  ],
+  [
+    "sinks of KV heads",
+    good,
+    { softmaxAux: zeros(3, 2) },
+    "softmaxAux has shape [3, 2], expected [n] shared by all he",
+  ],
+  ["sinks of rank 3", good, { softmaxAux: zeros(1, 6, 2) }, "softmaxAux has shape [1, 6, 2], expected [n] shared"],
+  ["sinks of rank 0", good, { softmaxAux: zeros() }, "softmaxAux has shape [], expected [n] shared"],
+  [
+    "a bias in two places",
+    { ...good, bias: zeros(1, 1, 5, 7) },
+    { bias: zeros(1, 1, 5, 7) },
+    "bias is given among the inputs and among the options; give one",
+  ],
+
+  // Soft cap, window and dropout.
+  ...[0, -1, NaN, Infinity, 1e-60, 1e60, "30", null].map((logitsSoftCap): [string, object, object, string] => [
+    `a soft cap of ${logitsSoftCap}`,
+    good,
+    { logitsSoftCap },
+    "logitsSoftCap must be a finite float32 number above 0, got ",
+  ]),
+  ...[0, -3, 1.5, NaN, Infinity, "4", null, [4], [1, 2, 3]].map((slidingWindow): [string, object, object, string] => [
+    `a window of ${JSON.stringify(slidingWindow)} (${typeof slidingWindow})`,
+    good,
+    { slidingWindow },
+    "slidingWindow must be a whole number above 0 or a pair [left, right], got ",
+  ]),
+  ...[[-1, 0], [0, 0.5], [Infinity, 0], ["1", 1]].map((slidingWindow): [string, object, object, string] => [
+    `a window of [${slidingWindow}] with ${typeof slidingWindow[0]}`,
+    good,
+    { slidingWindow },
+    "must hold whole numbers from 0",
+  ]),
+  ...[1, -0.1, 1.5, NaN, "0.5", undefined].map((rate): [string, object, object, string] => [
+    `a dropout rate of ${rate}`,
+    good,
+    { dropout: { rate, seed: 1 } },
+    "dropout.rate must be from 0 up to but not including 1, got ",
+  ]),
+  ...[-1, 0.5, NaN, 2 ** 53, "1", undefined].map((seed): [string, object, object, string] => [
+    `a dropout seed of ${seed}`,
+    good,
+    { dropout: { rate: 0.5, seed } },
+    "dropout.seed must be a whole number from 0 to 2^53 - 1, got ",
+  ]),
+  ["a bare dropout rate", good, { dropout: 0.5 }, "dropout must be { rate, seed }, got 0.5"],
 ];
 
 describe("mlaProblem() refuses", () => {

@@ -109,6 +109,7 @@ function isRecord<Cfg>(value: unknown): value is CacheRecord<Cfg> {
   if (!isObject(value) || !isConfig(value.cfg) || !Array.isArray(value.timings)) return false;
   return value.timings.every(isTiming) &&
     (value.timingMethod === "timestamp" || value.timingMethod === "wall") &&
+    (value.withoutBackward === undefined || typeof value.withoutBackward === "string") &&
     typeof value.libraryVersion === "string" && typeof value.date === "string";
 }
 

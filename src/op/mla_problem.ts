@@ -385,14 +385,18 @@ function checkScoreTerm(
   );
 }
 
-/** The sinks of each head. */
-function checkSinks(softmaxAux: AnyTensor, queryHeads: number): number {
+/** The sinks of each head; `refuse` throws, saying what is wrong with the tensor. */
+export function checkSinks(
+  softmaxAux: AnyTensor,
+  queryHeads: number,
+  refuse: (why: string) => never = fail,
+): number {
   checkTensor("softmaxAux", softmaxAux);
   const { shape } = softmaxAux;
   const [first, last] = [shape[0], shape[shape.length - 1]];
   if (shape.length === 1) return first === queryHeads ? 1 : first;
   if (shape.length === 2 && [1, queryHeads].includes(first)) return last;
-  return fail(
+  return refuse(
     `softmaxAux has shape [${shape.join(", ")}], expected [n] shared by all heads, [${queryHeads}] one per head, ` +
       `[${queryHeads}, n] or [1, n]`,
   );
