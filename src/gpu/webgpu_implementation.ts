@@ -20,6 +20,7 @@ import {
   type Tensor,
 } from "../op/tensor.ts";
 import { candidateConfigs } from "./attention_configs.ts";
+import { gradientsOnGpu } from "./backward_call.ts";
 import { attentionPlan, whyInvalid } from "./attention_plan.ts";
 import { deviceFingerprint } from "./capabilities.ts";
 import { planCache } from "./compiled_plan.ts";
@@ -129,8 +130,15 @@ class WebGpuTarget implements MlaTarget {
     return { output: result, lse };
   }
 
-  backward(): Promise<MlaGradients> {
-    return Promise.reject(missing("the backward pass"));
+  async backward(
+    problem: MlaProblem,
+    inputs: MlaInputs,
+    cfg: FlashMLAConfig,
+    saved: AttentionState,
+    gradOutput: AnyTensor,
+  ): Promise<MlaGradients> {
+    if (!this.#context.capabilities.f16) this.#tellConverted(inputs, "f32");
+    return await gradientsOnGpu(this.#context, problem, inputs, cfg, saved, gradOutput);
   }
 
   async encode(
