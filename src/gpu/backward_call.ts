@@ -195,7 +195,7 @@ function planned(context: GpuContext, piece: BackwardPiece, cfg: FlashMLAConfig)
 }
 
 /** Makes all sums zero. */
-async function clearSums(context: GpuContext, sums: GradientSums): Promise<void> {
+export async function clearSums(context: GpuContext, sums: GradientSums): Promise<void> {
   await unlessLost(context, () =>
     inErrorScopes(context, "clear its memory", () => {
       const encoder = context.device.createCommandEncoder({ label: "flash-mla gradients" });
@@ -244,7 +244,7 @@ function inRows(shape: readonly number[]): [1, number, number] {
 }
 
 /** The tensors of numbers among the inputs, by name. */
-function entriesOf(inputs: MlaInputs): [TensorName, AnyTensor][] {
+export function entriesOf(inputs: MlaInputs): [TensorName, AnyTensor][] {
   const entries: [TensorName, AnyTensor][] = [];
   mapTensors(inputs, (tensor, name) => {
     entries.push([name, tensor]);
