@@ -151,7 +151,7 @@ export function backwardPlan(
     expanded: scratch.element,
   };
   const gapped = batchGap(keyValue, keyLength) !== 0;
-  const tile = expandTile(config, limits);
+  const tile = gradientTile(config, limits);
   const expansionGradients = (width: number, weight: OperandLayout) => ({
     latents: expandBackwardSource("latents", tile, {
       left: width % 4 === 0 ? "vec4<f32>" : "f32",
@@ -540,12 +540,19 @@ function addBiasGradient(planning: Planning, range: number, group: Group): void 
   }
 }
 
+/** The tile of the expansion's gradients. */
+function gradientTile(config: Pick<FlashMLAConfig, "expandBlock" | "unrollDepth">, limits: GpuLimits): ExpandTile {
+  const tile = expandTile(config, limits);
+  // The smallest block is for small problems and for devices that compile slowly: short slices are short code.
+  return config.expandBlock === 32 ? { ...tile, depth: 4, numStages: 1 } : tile;
+}
+
 /** Workgroups below which the weights' gradients are cut into smaller tiles: a large card would be half idle. */
 const wantedWorkgroups = 256;
 
 /** The tile of the weights' gradients, whose product has few rows and columns and is summed over all keys. */
 function weightsTile({ problem, config, limits, scratch }: Planning, width: number): ExpandTile {
-  const tile = expandTile(config, limits);
+  const tile = gradientTile(config, limits);
   const columns = scratch.expanded.groupKvHeads * width;
   const workgroups = Math.ceil(problem.kvLoraRank / tile.blockM) * Math.ceil(columns / tile.blockN);
   if (workgroups >= wantedWorkgroups || config.expandBlock !== 128) return tile;
@@ -599,7 +606,7 @@ function addExpansionGradients(planning: Planning, group: Group): void {
     const gradRows: Region = { offset: region.offset, size: keyRows * columns * 4 };
     add(
       `latentsFrom${from}`,
-      expandTile(config, limits),
+      gradientTile(config, limits),
       [[1, "gradExpanded", gradRows], [2, name, weights], [3, "grad.keyValue", gradLatents]],
       {
         sizes: [keyRows, L, columns],
