@@ -181,7 +181,7 @@ function checks(platform: "reference" | "webgpu", skip: string | false, relL2: n
       assertEquals(await vjp(gradOutput), expected);
     });
 
-    test("gives gradients like their tensors, and takes gradOutput like the output", async () => {
+    test("gives gradients like their tensors, whatever the type of gradOutput", async () => {
       const { inputs, options } = randomCall(shape);
       const exact = mapTensors(inputs, (tensor) => toFloats(toHalves(tensor)));
       const mixed = {
@@ -197,6 +197,7 @@ function checks(platform: "reference" | "webgpu", skip: string | false, relL2: n
         dtype
       );
       assertEquals(dtypes, ["f16", "f32", "f32", "f16"]);
+      assertEquals(await vjp(toFloats(toHalves(gradOutput))), gradients);
       const halves = await mlaAttentionVjp(mapTensors(inputs, toHalves), { ...options, ...here });
       const problem = mlaProblem(exact, options);
       const expected = referenceMlaAttentionBackward(exact, problem, toFloats(toHalves(gradOutput)));
@@ -297,17 +298,10 @@ function checks(platform: "reference" | "webgpu", skip: string | false, relL2: n
         ["the query's shape", zeros(2, 5, 4, 7), "gradOutput has shape [2, 5, 4, 7], the output has [2, 5, 4, 5]"],
         ["a missing axis", zeros(10, 4, 5), "gradOutput has shape [10, 4, 5], the output has [2, 5, 4, 5]"],
         ["one number", zeros(), "gradOutput has shape [], the output has"],
-        ["halves", toHalves(gradOutput), 'gradOutput has dtype "f16", the output has "f32"'],
-        ["bfloat16", stored(gradOutput, "bf16"), 'gradOutput has dtype "bf16", the output has "f32"'],
         [
           "double precision",
           { data: new Float64Array(200), shape: outputAxes },
           "gradOutput as a tensor: data must be a",
-        ],
-        [
-          "a tensor on a GPU",
-          onGpu(outputAxes),
-          "gradOutput lies on a GPU, the output on the host; pass await toHost(",
         ],
       ] as const
     ) {
@@ -410,9 +404,9 @@ describe("FlashMLA.vjp()", () => {
     );
     assertEquals(error.code, "invalid-input");
     await assertRejects(
-      () => flashMLA.vjp(invocation, cfg, { ...residuals, output: onGpu(outputAxes) }, gradOutput),
+      () => flashMLA.vjp(invocation, cfg, residuals, onGpu(outputAxes)),
       FlashMLAError,
-      "gradOutput lies on the host, the output on a GPU; pass await toGpu(gradOutput)",
+      "gradOutput lies on a GPU, the reference computes on the host: pass await toHost(gradOutput)",
     );
     const elsewhere = [{}, {}].map((device) => onGpu(outputAxes, { device: device as GPUDevice }));
     await assertRejects(
