@@ -4,7 +4,7 @@
 // first run compiles kernels for another one or two, which Mesa remembers.
 //
 //   deno run -A examples/train.ts      or bun, or node 22.18 and later: WebGPU in those needs `npm install webgpu`
-//     --steps=800           how long to train
+//     --steps=400           how long to train
 //     --seed=1              decides the first weights and what is read
 //     --platform=auto       or webgpu, or reference
 //     --out=FOLDER          where checkpoint.safetensors and loss.svg go; else a folder for temporary files
@@ -28,7 +28,7 @@ import { ArgumentError, trainArguments } from "./train/train_arguments.ts";
 import { measureHeldOut, newTraining, smallSettings, type Training, trainStep } from "./train/training.ts";
 
 /** Steps between looks at the text held out, and between checkpoints. */
-const interval = 100;
+const interval = 50;
 
 async function main(): Promise<number> {
   const args = trainArguments(process.argv.slice(2));
