@@ -31,6 +31,7 @@ export type {
   GpuTensor,
   HostTensor,
   MaskTensor,
+  OwnedGpuMask,
   OwnedGpuTensor,
   ResultLike,
   Tensor,

@@ -217,7 +217,7 @@ export class FlashMLA extends Kernel<MlaCall, FlashMLAConfig, AnyTensor, Attenti
    * @param invocation The call.
    * @param cfg The configuration that it ran under.
    * @param residuals What the run kept.
-   * @param gradOutput The gradient of the output, like the output.
+   * @param gradOutput The gradient of the output, of its shape.
    * @returns One gradient for each tensor of numbers, like its tensor; bfloat16 gives float32.
    */
   override async vjp(

@@ -1,3 +1,4 @@
+import { checkOneDevice, type GpuAttentionState, mergeOnGpu } from "./gpu/merge_states.ts";
 import type { AttentionState, LseLike } from "./op/attention_state.ts";
 import { FlashMLAError } from "./op/errors.ts";
 import { toFloats, toHalves } from "./op/half.ts";
@@ -10,7 +11,8 @@ import { referenceMergeAttentionStates } from "./reference/merge_attention_state
 export interface MergeOptions {
   /**
    * Sink logits, which join the denominator: `[queryHeads]` one per head, `[n]` shared by all heads, `[queryHeads, n]` or
-   * `[1, n]`. They count once, so the states must be without them, and of several merges only the last is given them.
+   * `[1, n]`. They count once, so the states must be without them, and of several merges only the last is given them. For
+   * states on a GPU they may lie on either side; those on the GPU are read back.
    */
   readonly softmaxAux?: AnyTensor;
 }
@@ -54,8 +56,9 @@ export async function mergeAttentionStates<Output extends AnyTensor>(
   options: MergeOptions = {},
 ): Promise<AttentionState<ResultLike<Output>, LseLike<ResultLike<Output>>>> {
   check(a, b, options);
-  const onGpu = isGpuTensor(a.output);
-  const merged = onGpu ? await mergeOnGpu(a, b, options) : mergeOnHost(a, b, options);
+  const merged = isGpuTensor(a.output)
+    ? await mergeOnGpu(a as GpuAttentionState, b as GpuAttentionState, options.softmaxAux)
+    : mergeOnHost(a, b, options);
   return merged as AttentionState<ResultLike<Output>, LseLike<ResultLike<Output>>>;
 }
 
@@ -64,11 +67,6 @@ function mergeOnHost(a: AttentionState, b: AttentionState, { softmaxAux }: Merge
   const [first, second] = [a, b].map(({ output, lse }) => ({ output: floats(output), lse: floats(lse) }));
   const { output, lse } = referenceMergeAttentionStates(first, second, softmaxAux && floats(softmaxAux));
   return { output: dtypeOf(a.output) === "f16" ? toHalves(output) : output, lse };
-}
-
-function mergeOnGpu(_a: AttentionState, _b: AttentionState, _options: MergeOptions): Promise<AttentionState> {
-  const why = "merging tensors on a GPU is not implemented yet; pass await toHost() of them";
-  return Promise.reject(new FlashMLAError("device", `Cannot merge attention states: ${why}`));
 }
 
 function refuse(why: string): never {
@@ -100,11 +98,15 @@ function check(a: AttentionState, b: AttentionState, options: MergeOptions): voi
   if (softmaxAux !== undefined) checkSinks(softmaxAux, queryHeads, refuse);
 
   const side = (tensor: AnyTensor) => isGpuTensor(tensor) ? "on a GPU" : "on the host";
-  const others = { "a.lse": a.lse, "b.output": b.output, "b.lse": b.lse, softmaxAux };
-  for (const [name, tensor] of Object.entries(others)) {
+  // A few sinks are no reason to read a state back, nor to upload them before.
+  const sinks = isGpuTensor(a.output) ? undefined : softmaxAux;
+  for (
+    const [name, tensor] of Object.entries({ "a.lse": a.lse, "b.output": b.output, "b.lse": b.lse, softmaxAux: sinks })
+  ) {
     if (tensor === undefined || side(tensor) === side(a.output)) continue;
     refuse(`${name} lies ${side(tensor)}, a.output ${side(a.output)}; move one of them by toGpu() or toHost()`);
   }
+  checkOneDevice([a.output, a.lse, b.output, b.lse].filter(isGpuTensor));
 }
 
 function sameShape(name: string, { shape }: AnyTensor, expected: readonly number[], whose: string): void {

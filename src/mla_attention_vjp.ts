@@ -18,11 +18,11 @@ export interface MlaVjp<Inputs extends MlaInputs = MlaInputs, Output extends Any
    * Computes the gradients of `Σ output · gradOutput`. May be called any number of times, also at the same time, until
    * `dispose()`. Two runs on one device give the same bits.
    *
-   * @param gradOutput The gradient of the output, like the output: its shape `[batch, queryLength, queryHeads, vHeadDim]`,
-   * its element type, on its side.
+   * @param gradOutput The gradient of the output, `[batch, queryLength, queryHeads, vHeadDim]`, of any element type; on a
+   * GPU or on the host, but for the platform `reference`.
    * @returns One gradient for each tensor of numbers among the inputs and options, like its tensor; those on a GPU are the
    * caller's to dispose of.
-   * @throws {FlashMLAError} With code `invalid-input` when `gradOutput` is not like the output, when a tensor on a GPU that
+   * @throws {FlashMLAError} With code `invalid-input` when `gradOutput` does not have the output's shape, when a tensor on a GPU that
    * gradients are computed from was disposed of, or after `dispose()`; `limit` when the problem passes a limit of the device,
    * and `device` when that fails.
    */

@@ -19,6 +19,7 @@ import { mlaProblem } from "../src/op/mla_problem.ts";
 import { type AnyTensor, elementCount, type Tensor } from "../src/op/tensor.ts";
 import { referenceMlaAttentionWithLse } from "../src/reference/mla_attention.ts";
 import { stored } from "./support/dtype_attention.ts";
+import { skip, smallConfig } from "./support/gpu.ts";
 import { assertClose } from "./support/metrics.ts";
 import { normals, type ProblemShape, randomCall, randomTensor } from "./support/random_problem.ts";
 
@@ -58,7 +59,7 @@ function guessing() {
 function checks(platform: "reference" | "webgpu", skip: string | false, relL2: number): void {
   describe(`mlaAttentionWithLse() on ${platform}`, { skip }, () => {
     const { executor } = guessing();
-    const here = { platform, executor } as const;
+    const here = { platform, executor, ...(platform === "webgpu" && { cfg: smallConfig }) } as const;
 
     for (const rope of ["none", "in_query", "shared"] as const) {
       test(`gives what the formulas give, with every option, rope ${rope}`, async () => {
@@ -189,6 +190,7 @@ function checks(platform: "reference" | "webgpu", skip: string | false, relL2: n
 }
 
 checks("reference", false, 1e-7);
+checks("webgpu", skip, 1e-5);
 
 describe("mlaAttentionWithLse()", () => {
   const { inputs } = randomCall(shape);

@@ -8,13 +8,17 @@ import {
   type HostTensor,
   mergeAttentionStates,
   mlaAttentionWithLse,
+  type OwnedGpuTensor,
   type Tensor,
   tensor,
   toFloats,
+  toGpu,
   toHalves,
+  toHost,
 } from "../mod.ts";
 import { FlashMLAError } from "../src/op/errors.ts";
 import { elementCount } from "../src/op/tensor.ts";
+import { skip } from "./support/gpu.ts";
 import { assertClose } from "./support/metrics.ts";
 import { normals, randomTensor } from "./support/random_problem.ts";
 
@@ -183,6 +187,16 @@ function checks({ name, skip, place, fetch }: Side): void {
 }
 
 checks(host);
+checks({
+  name: "a GPU",
+  skip,
+  place: (tensor) => toGpu(tensor),
+  async fetch(tensor) {
+    const read = await toHost(tensor as GpuTensor);
+    (tensor as OwnedGpuTensor).dispose();
+    return read;
+  },
+});
 
 describe("mergeAttentionStates() refuses", () => {
   const state = (): AttentionState<Tensor, Tensor> => ({

@@ -2,8 +2,10 @@ import { describe, test } from "node:test";
 import { assertEquals } from "@std/assert";
 import fc from "fast-check";
 import { mlaProblem } from "../src/op/mla_problem.ts";
-import { type Segment, segments, visibleKeys } from "../src/op/segments.ts";
+import { reach, type Segment, segments, visibleKeys } from "../src/op/segments.ts";
 import { packedProblems, problems, type ProblemShape, randomCall } from "./support/random_problem.ts";
+import { range } from "./support/tensor_parts.ts";
+import { seesByPosition } from "./support/visible_pairs.ts";
 
 function segmentsOf(shape: ProblemShape): Segment[] {
   const { inputs, options } = randomCall(shape);
@@ -70,43 +72,79 @@ describe("segments()", () => {
 });
 
 describe("visibleKeys()", () => {
-  const item = 0;
-  /** The keys that each query of a segment sees, counted from the segment's first. */
-  const seen = (segment: Segment, causal: boolean, slidingWindow: [number, number] | null = null) =>
-    Array.from({ length: segment.queryEnd - segment.queryStart }, (_, i) => {
-      const { start, end } = visibleKeys(segment, segment.queryStart + i, { causal, slidingWindow });
-      return [start - segment.keyStart, end - segment.keyStart];
-    });
-  /** How many keys from the first on. */
-  const ends = (segment: Segment, causal: boolean) =>
-    seen(segment, causal).map(([start, end]) => {
-      assertEquals(start, 0);
-      return end;
+  type Options = Parameters<typeof visibleKeys>[2];
+  const none: Options = { causal: false, slidingWindow: null };
+  const causal: Options = { causal: true, slidingWindow: null };
+  const segment = (queries: number, keys: number): Segment => {
+    return { queryStart: 10, queryEnd: 10 + queries, keyStart: 20, keyEnd: 20 + keys, item: 0 };
+  };
+  /** The keys that each query of a segment sees, counted from the segment's first one: first and one past the last. */
+  const seen = (of: Segment, options: Options) =>
+    range(of.queryStart, of.queryEnd).map((row) => {
+      const { start, end } = visibleKeys(of, row, options);
+      return [start - of.keyStart, end - of.keyStart];
     });
 
-  test("are all without causal and window", () => {
-    assertEquals(ends({ queryStart: 10, queryEnd: 13, keyStart: 20, keyEnd: 25, item }, false), [5, 5, 5]);
+  test("are all of the segment's without causal and window", () => {
+    assertEquals(seen(segment(3, 5), none), [[0, 5], [0, 5], [0, 5]]);
   });
 
-  test("end at the diagonal with as many keys as queries", () => {
-    assertEquals(ends({ queryStart: 10, queryEnd: 13, keyStart: 20, keyEnd: 23, item }, true), [1, 2, 3]);
+  test("end on the diagonal with as many keys as queries", () => {
+    assertEquals(seen(segment(3, 3), causal), [[0, 1], [0, 2], [0, 3]]);
   });
 
   test("are aligned bottom-right with more keys than queries", () => {
-    assertEquals(ends({ queryStart: 10, queryEnd: 13, keyStart: 20, keyEnd: 25, item }, true), [3, 4, 5]);
+    assertEquals(seen(segment(3, 5), causal), [[0, 3], [0, 4], [0, 5]]);
+    assertEquals(seen(segment(2, 5), { causal: false, slidingWindow: [1, 0] }), [[2, 4], [3, 5]]);
   });
 
   test("are none for the first queries with fewer keys than queries", () => {
-    assertEquals(ends({ queryStart: 10, queryEnd: 14, keyStart: 20, keyEnd: 22, item }, true), [0, 0, 1, 2]);
-    assertEquals(ends({ queryStart: 10, queryEnd: 12, keyStart: 20, keyEnd: 20, item }, true), [0, 0]);
+    assertEquals(seen(segment(4, 2), causal), [[0, 0], [0, 0], [0, 1], [0, 2]]);
+    assertEquals(seen(segment(2, 0), causal), [[0, 0], [0, 0]]);
+    assertEquals(seen(segment(4, 2), { causal: false, slidingWindow: [0, 1] }), [[0, 0], [0, 1], [0, 2], [1, 2]]);
   });
 
-  test("stay within a window around the aligned position", () => {
-    const segment = { queryStart: 10, queryEnd: 13, keyStart: 20, keyEnd: 25, item };
-    assertEquals(seen(segment, false, [1, 1]), [[1, 4], [2, 5], [3, 5]]);
-    assertEquals(seen(segment, true, [1, 1]), [[1, 3], [2, 4], [3, 5]]);
-    assertEquals(seen(segment, false, [0, 0]), [[2, 3], [3, 4], [4, 5]]);
-    // With fewer keys than queries the first ones stand before every key.
-    assertEquals(seen({ ...segment, keyEnd: 21 }, false, [9, 0]), [[0, 0], [0, 0], [0, 1]]);
+  test("of a window are w to either side and the query's own, with causal w + 1", () => {
+    const five = segment(5, 5);
+    const symmetric = [[0, 2], [0, 3], [1, 4], [2, 5], [3, 5]];
+    assertEquals(seen(five, { causal: false, slidingWindow: [1, 1] }), symmetric);
+    const past = [[0, 1], [0, 2], [0, 3], [1, 4], [2, 5]];
+    assertEquals(seen(five, { causal: true, slidingWindow: [2, 2] }), past);
+    assertEquals(seen(segment(3, 3), { causal: false, slidingWindow: [0, 0] }), [[0, 1], [1, 2], [2, 3]]);
+  });
+
+  test("of a window past all keys are all", () => {
+    const wide = Number.MAX_SAFE_INTEGER;
+    assertEquals(seen(segment(2, 3), { causal: false, slidingWindow: [wide, wide] }), [[0, 3], [0, 3]]);
+  });
+
+  test("are those that the definition names, pair by pair", () => {
+    fc.assert(
+      fc.property(problems({ features: ["slidingWindow"] }), (shape) => {
+        const { inputs, options } = randomCall(shape);
+        const problem = mlaProblem(inputs, options);
+        const sees = seesByPosition(inputs, options);
+        for (const segment of segments(problem)) {
+          const { item } = segment;
+          for (const row of range(segment.queryStart, segment.queryEnd)) {
+            const { start, end } = visibleKeys(segment, row, problem);
+            const i = row - item * shape.queryLength;
+            const expected = range(0, shape.keyLength).filter((j) => sees(i, j)).map((j) => item * shape.keyLength + j);
+            assertEquals(range(start, end), expected);
+            assertEquals(segment.keyStart <= start && start <= end && end <= segment.keyEnd, true);
+          }
+        }
+      }),
+      { numRuns: 300 },
+    );
+  });
+});
+
+describe("reach()", () => {
+  test("is infinite where nothing bounds it, and 0 to the right with causal", () => {
+    assertEquals(reach({ causal: false, slidingWindow: null }), [Infinity, Infinity]);
+    assertEquals(reach({ causal: true, slidingWindow: null }), [Infinity, 0]);
+    assertEquals(reach({ causal: false, slidingWindow: [3, 5] }), [3, 5]);
+    assertEquals(reach({ causal: true, slidingWindow: [3, 5] }), [3, 0]);
   });
 });

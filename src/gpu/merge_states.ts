@@ -119,8 +119,9 @@ async function sinkSums(softmaxAux: AnyTensor, queryHeads: number): Promise<Floa
   const count = perHead ? data.length / queryHeads : data.length;
   return Float32Array.from({ length: queryHeads }, (_, head) => {
     const own = data.subarray(perHead ? head * count : 0, perHead ? (head + 1) * count : count);
-    const most = own.reduce((max, sink) => Math.max(max, sink), -Infinity);
-    return (most + Math.log(own.reduce((sum, sink) => sum + Math.exp(sink - most), 0))) * Math.LOG2E;
+    // Finite, as kernels want it, where all sinks are minus infinity or there are none.
+    const most = own.reduce((max, sink) => Math.max(max, sink), -2e38);
+    return (most + Math.log(own.reduce((sum, sink) => sum + Math.exp(sink - most), 1e-45))) * Math.LOG2E;
   });
 }
 

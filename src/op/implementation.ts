@@ -64,7 +64,7 @@ export interface MlaTarget {
    * @param inputs The call's tensors, with the data that they had.
    * @param cfg The configuration.
    * @param saved What {@link MlaTarget.runWithLse} gave, unchanged.
-   * @param gradOutput The gradient of the output, like the output.
+   * @param gradOutput The gradient of the output, of its shape; any element type, any side that the platform reads.
    * @returns One gradient for each tensor of numbers among the inputs, like its tensor; bfloat16 gives float32.
    */
   backward(

@@ -53,6 +53,9 @@ export type HostInputs = MlaInputs<Tensor>;
 /** The name of a tensor of numbers among the inputs. */
 export type TensorName = "query" | "keyValue" | "wKc" | "wVc" | "bQ" | "bK" | "bias" | "softmaxAux";
 
+/** A bias at or below this hides its key, as minus infinity does: programs mask with the lowest float32, too. */
+export const hidingBias = -2e38;
+
 /** The names of the tensors of numbers among the inputs: those that have gradients. */
 export const tensorNames: readonly TensorName[] = [
   ...["query", "keyValue", "wKc", "wVc", "bQ", "bK", "bias", "softmaxAux"] as const,
@@ -76,7 +79,7 @@ export interface MlaMathOptions {
   readonly slidingWindow?: number | readonly [left: number, right: number];
   /**
    * Added to the scores after scaling and capping, `[batch or 1, queryHeads or 1, queryLength, keyLength]`. Minus infinity
-   * hides a key.
+   * hides a key, and so does whatever lies at or below −2e38, such as the lowest float32.
    */
   readonly bias?: AnyTensor;
   /** Which keys are visible (non-zero), `[batch or 1, queryHeads or 1, queryLength, keyLength]`. Ignored beside a bias. */

@@ -2,7 +2,7 @@
 
 import type { AttentionState } from "./attention_state.ts";
 import { FlashMLAError } from "./errors.ts";
-import { holdTensor, type MlaInputs, tensorNames } from "./mla_problem.ts";
+import { type MlaInputs, tensorNames } from "./mla_problem.ts";
 import { type AnyMask, type AnyTensor, type HostTensor, isGpuMask, isGpuTensor } from "./tensor.ts";
 
 /** A run's results as gradients need them: copied where they lie on the host, the caller's own on a GPU. */
@@ -13,7 +13,7 @@ export function residualsOf({ output, lse }: AttentionState): AttentionState {
 /** The same elements in memory of its own; on a GPU the tensor itself. */
 export function privateCopy(tensor: AnyTensor): AnyTensor {
   if (isGpuTensor(tensor)) return tensor;
-  return { ...holdTensor(tensor), data: (tensor.data as Float32Array).slice() } as HostTensor;
+  return { ...tensor, data: (tensor.data as Float32Array).slice(), shape: [...tensor.shape] } as HostTensor;
 }
 
 /**

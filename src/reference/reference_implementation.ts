@@ -55,7 +55,14 @@ function likeTensor(result: Tensor, tensor: AnyTensor): HostTensor {
 
 /** The oracle's gradients in float32: from the inputs alone, in double precision. */
 function floatGradients(problem: MlaProblem, inputs: MlaInputs, gradOutput: AnyTensor): HostGradients {
-  return referenceMlaAttentionBackward(floatInputs(inputs), problem, toFloats(gradOutput as HostTensor));
+  if (isGpuTensor(gradOutput)) {
+    throw new FlashMLAError(
+      "invalid-input",
+      "Cannot compute gradients: gradOutput lies on a GPU, the reference computes on the host: pass await " +
+        'toHost(gradOutput), or platform "webgpu"',
+    );
+  }
+  return referenceMlaAttentionBackward(floatInputs(inputs), problem, toFloats(gradOutput));
 }
 
 /** The same, each like its tensor. */

@@ -43,7 +43,7 @@ export function sees(inputs: VisibleInputs, options: MlaMathOptions): Sees {
   const mask = inputs.attentionMask as MaskTensor | undefined;
   return (item, head, i, j) => {
     if (!byPosition(i, j)) return false;
-    if (bias !== undefined) return termAt(bias, item, head, i, j) !== -Infinity;
+    if (bias !== undefined) return termAt(bias, item, head, i, j) > -2e38;
     return mask === undefined || termAt(mask, item, head, i, j) !== 0;
   };
 }
