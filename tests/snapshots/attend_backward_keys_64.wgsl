@@ -185,10 +185,11 @@ fn stageSummed(row: u32, quad: u32, stage: u32, value: vec4<f32>) {
   right[stage][row][quad] = value;
 }
 
-// Column, relative to the block, of entry entry of probability slice group.
+// Column, relative to the block, of entry entry of probability slice group. Neighbouring invocations have neighbouring
+// entries, which lie in different banks of workgroup memory.
 fn sliceColumn(group: u32, entry: u32) -> u32 {
-  let own = group * 2u + entry % 2u;
-  return (own / 4u) * 4u * TX + (entry / 2u) * 4u + own % 4u;
+  let own = group * 2u + entry / TX;
+  return (own / 4u) * 4u * TX + (entry % TX) * 4u + own % 4u;
 }
 
 @compute @workgroup_size(256)
@@ -278,12 +279,12 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         var column0 = vec4<f32>();
         switch group {
           case 0u: {
-            probs[(tx * 2u + 0u) / DEPTH][(tx * 2u + 0u) % DEPTH][ty + 0u] = s0_0;
-            probs[(tx * 2u + 1u) / DEPTH][(tx * 2u + 1u) % DEPTH][ty + 0u] = s1_0;
+            probs[(tx + 0u) / DEPTH][(tx + 0u) % DEPTH][ty + 0u] = s0_0;
+            probs[(tx + 16u) / DEPTH][(tx + 16u) % DEPTH][ty + 0u] = s1_0;
           }
           case 1u: {
-            probs[(tx * 2u + 0u) / DEPTH][(tx * 2u + 0u) % DEPTH][ty + 0u] = s2_0;
-            probs[(tx * 2u + 1u) / DEPTH][(tx * 2u + 1u) % DEPTH][ty + 0u] = s3_0;
+            probs[(tx + 0u) / DEPTH][(tx + 0u) % DEPTH][ty + 0u] = s2_0;
+            probs[(tx + 16u) / DEPTH][(tx + 16u) % DEPTH][ty + 0u] = s3_0;
           }
           default: {}
         }
@@ -356,12 +357,12 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         var column0 = vec4<f32>();
         switch group {
           case 0u: {
-            probs[(tx * 2u + 0u) / DEPTH][(tx * 2u + 0u) % DEPTH][ty + 0u] = g0_0;
-            probs[(tx * 2u + 1u) / DEPTH][(tx * 2u + 1u) % DEPTH][ty + 0u] = g1_0;
+            probs[(tx + 0u) / DEPTH][(tx + 0u) % DEPTH][ty + 0u] = g0_0;
+            probs[(tx + 16u) / DEPTH][(tx + 16u) % DEPTH][ty + 0u] = g1_0;
           }
           case 1u: {
-            probs[(tx * 2u + 0u) / DEPTH][(tx * 2u + 0u) % DEPTH][ty + 0u] = g2_0;
-            probs[(tx * 2u + 1u) / DEPTH][(tx * 2u + 1u) % DEPTH][ty + 0u] = g3_0;
+            probs[(tx + 0u) / DEPTH][(tx + 0u) % DEPTH][ty + 0u] = g2_0;
+            probs[(tx + 16u) / DEPTH][(tx + 16u) % DEPTH][ty + 0u] = g3_0;
           }
           default: {}
         }

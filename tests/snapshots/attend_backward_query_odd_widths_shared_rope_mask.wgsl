@@ -196,10 +196,11 @@ fn stageSummed(row: u32, quad: u32, stage: u32, value: vec4<f32>) {
   right[stage][row][quad] = value;
 }
 
-// Column, relative to the block, of entry entry of probability slice group.
+// Column, relative to the block, of entry entry of probability slice group. Neighbouring invocations have neighbouring
+// entries, which lie in different banks of workgroup memory.
 fn sliceColumn(group: u32, entry: u32) -> u32 {
-  let own = group * 4u + entry % 4u;
-  return (own / 4u) * 4u * TX + (entry / 4u) * 4u + own % 4u;
+  let own = group * 4u + entry / TX;
+  return (own / 4u) * 4u * TX + (entry % TX) * 4u + own % 4u;
 }
 
 @compute @workgroup_size(64)
@@ -354,10 +355,10 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     for (var group = 0u; group < 1u; group += 1u) {
       {
         var column0 = vec4<f32>();
-        probs[(tx * 4u + 0u) / DEPTH][(tx * 4u + 0u) % DEPTH][ty + 0u] = g0_0;
-        probs[(tx * 4u + 1u) / DEPTH][(tx * 4u + 1u) % DEPTH][ty + 0u] = g1_0;
-        probs[(tx * 4u + 2u) / DEPTH][(tx * 4u + 2u) % DEPTH][ty + 0u] = g2_0;
-        probs[(tx * 4u + 3u) / DEPTH][(tx * 4u + 3u) % DEPTH][ty + 0u] = g3_0;
+        probs[(tx + 0u) / DEPTH][(tx + 0u) % DEPTH][ty + 0u] = g0_0;
+        probs[(tx + 8u) / DEPTH][(tx + 8u) % DEPTH][ty + 0u] = g1_0;
+        probs[(tx + 16u) / DEPTH][(tx + 16u) % DEPTH][ty + 0u] = g2_0;
+        probs[(tx + 24u) / DEPTH][(tx + 24u) % DEPTH][ty + 0u] = g3_0;
         for (var slice = 0u; slice < PROB_SLICES; slice += 1u) {
           if ((t + 0u) < 32u) { column0 = loadKey(columnBase + sliceColumn(group, slice * DEPTH + (t + 0u) / 8u), columnEnd, kvHead, (t + 0u) % 8u); }
           if ((t + 0u) < 32u) { stageSummed((t + 0u) / 8u, (t + 0u) % 8u, 0u, column0); }
