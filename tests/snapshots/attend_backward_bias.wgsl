@@ -284,8 +284,8 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
       var column0 = vec4<f32>();
 
       for (var slice = 0u; slice < keySlices; slice += 1u) {
-        if ((t + 0u) < 32u) { row0 = loadQuery(block.rowStart + (t + 0u) / DEPTH_PIECES, block.rowEnd, block.rangeItem, head, slice * DEPTH_PIECES + (t + 0u) % DEPTH_PIECES); }
-        if ((t + 0u) < 32u) { column0 = loadKey(columnBase + (t + 0u) / DEPTH_PIECES, columnEnd, kvHead, slice * DEPTH_PIECES + (t + 0u) % DEPTH_PIECES); }
+        if ((t + 0u) < 32u) { row0 = loadQuery(block.rowStart + (t + 0u) / DEPTH_PIECES, block.rowEnd, block.rangeItem, head, (slice) * DEPTH_PIECES + (t + 0u) % DEPTH_PIECES); }
+        if ((t + 0u) < 32u) { column0 = loadKey(columnBase + (t + 0u) / DEPTH_PIECES, columnEnd, kvHead, (slice) * DEPTH_PIECES + (t + 0u) % DEPTH_PIECES); }
         if ((t + 0u) < 32u) { stageRow((t + 0u), 0u, row0); }
         if ((t + 0u) < 32u) { stageColumn((t + 0u), 0u, column0); }
         workgroupBarrier();
@@ -362,8 +362,8 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
       var column0 = vec4<f32>();
 
       for (var slice = 0u; slice < valueSlices; slice += 1u) {
-        if ((t + 0u) < 32u) { row0 = loadGrad(block.rowStart + (t + 0u) / DEPTH_PIECES, block.rowEnd, block.rangeItem, head, slice * DEPTH_PIECES + (t + 0u) % DEPTH_PIECES); }
-        if ((t + 0u) < 32u) { column0 = loadValue(columnBase + (t + 0u) / DEPTH_PIECES, columnEnd, kvHead, slice * DEPTH_PIECES + (t + 0u) % DEPTH_PIECES); }
+        if ((t + 0u) < 32u) { row0 = loadGrad(block.rowStart + (t + 0u) / DEPTH_PIECES, block.rowEnd, block.rangeItem, head, (slice) * DEPTH_PIECES + (t + 0u) % DEPTH_PIECES); }
+        if ((t + 0u) < 32u) { column0 = loadValue(columnBase + (t + 0u) / DEPTH_PIECES, columnEnd, kvHead, (slice) * DEPTH_PIECES + (t + 0u) % DEPTH_PIECES); }
         if ((t + 0u) < 32u) { stageRow((t + 0u), 0u, row0); }
         if ((t + 0u) < 32u) { stageColumn((t + 0u), 0u, column0); }
         workgroupBarrier();

@@ -232,8 +232,8 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
       var column0 = vec4<f32>();
 
       for (var slice = 0u; slice < keySlices; slice += 1u) {
-        if ((t + 0u) < 32u) { row0 = loadKey(block.rowStart + (t + 0u) / DEPTH_PIECES, block.rowEnd, kvHead, slice * DEPTH_PIECES + (t + 0u) % DEPTH_PIECES); }
-        if ((t + 0u) < 32u) { column0 = loadQuery(columnBase + (t + 0u) / DEPTH_PIECES, columnEnd, block.rangeItem, head, slice * DEPTH_PIECES + (t + 0u) % DEPTH_PIECES); }
+        if ((t + 0u) < 32u) { row0 = loadKey(block.rowStart + (t + 0u) / DEPTH_PIECES, block.rowEnd, kvHead, (slice) * DEPTH_PIECES + (t + 0u) % DEPTH_PIECES); }
+        if ((t + 0u) < 32u) { column0 = loadQuery(columnBase + (t + 0u) / DEPTH_PIECES, columnEnd, block.rangeItem, head, (slice) * DEPTH_PIECES + (t + 0u) % DEPTH_PIECES); }
         if ((t + 0u) < 32u) { stageRow((t + 0u), 0u, row0); }
         if ((t + 0u) < 32u) { stageColumn((t + 0u), 0u, column0); }
         workgroupBarrier();
@@ -286,7 +286,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         probs[(tx + 16u) / DEPTH][(tx + 16u) % DEPTH][ty + 0u] = s2_0;
         probs[(tx + 24u) / DEPTH][(tx + 24u) % DEPTH][ty + 0u] = s3_0;
         for (var slice = 0u; slice < PROB_SLICES; slice += 1u) {
-          if ((t + 0u) < 32u) { column0 = loadGrad(columnBase + sliceColumn(group, slice * DEPTH + (t + 0u) / 8u), columnEnd, block.rangeItem, head, (t + 0u) % 8u); }
+          if ((t + 0u) < 32u) { column0 = loadGrad(columnBase + sliceColumn(group, (slice) * DEPTH + (t + 0u) / 8u), columnEnd, block.rangeItem, head, (t + 0u) % 8u); }
           if ((t + 0u) < 32u) { stageSummed((t + 0u) / 8u, (t + 0u) % 8u, 0u, column0); }
           workgroupBarrier();
           if (masking && atomicLoad(&poisoned[0]) != 0u) {
@@ -323,8 +323,8 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
       var column0 = vec4<f32>();
 
       for (var slice = 0u; slice < valueSlices; slice += 1u) {
-        if ((t + 0u) < 32u) { row0 = loadValue(block.rowStart + (t + 0u) / DEPTH_PIECES, block.rowEnd, kvHead, slice * DEPTH_PIECES + (t + 0u) % DEPTH_PIECES); }
-        if ((t + 0u) < 32u) { column0 = loadGrad(columnBase + (t + 0u) / DEPTH_PIECES, columnEnd, block.rangeItem, head, slice * DEPTH_PIECES + (t + 0u) % DEPTH_PIECES); }
+        if ((t + 0u) < 32u) { row0 = loadValue(block.rowStart + (t + 0u) / DEPTH_PIECES, block.rowEnd, kvHead, (slice) * DEPTH_PIECES + (t + 0u) % DEPTH_PIECES); }
+        if ((t + 0u) < 32u) { column0 = loadGrad(columnBase + (t + 0u) / DEPTH_PIECES, columnEnd, block.rangeItem, head, (slice) * DEPTH_PIECES + (t + 0u) % DEPTH_PIECES); }
         if ((t + 0u) < 32u) { stageRow((t + 0u), 0u, row0); }
         if ((t + 0u) < 32u) { stageColumn((t + 0u), 0u, column0); }
         workgroupBarrier();
@@ -357,7 +357,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         probs[(tx + 16u) / DEPTH][(tx + 16u) % DEPTH][ty + 0u] = g2_0;
         probs[(tx + 24u) / DEPTH][(tx + 24u) % DEPTH][ty + 0u] = g3_0;
         for (var slice = 0u; slice < PROB_SLICES; slice += 1u) {
-          column0 = loadQuery(columnBase + sliceColumn(group, slice * DEPTH + (t + 0u) / 16u), columnEnd, block.rangeItem, head, (t + 0u) % 16u);
+          column0 = loadQuery(columnBase + sliceColumn(group, (slice) * DEPTH + (t + 0u) / 16u), columnEnd, block.rangeItem, head, (t + 0u) % 16u);
           stageSummed((t + 0u) / 16u, (t + 0u) % 16u, 0u, column0);
           workgroupBarrier();
           if (masking && atomicLoad(&poisoned[0]) != 0u) {

@@ -228,8 +228,8 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
       var column0 = vec4<f32>();
 
       for (var slice = 0u; slice < keySlices; slice += 1u) {
-        if ((t + 0u) < 128u) { row0 = loadKey(block.rowStart + (t + 0u) / DEPTH_PIECES, block.rowEnd, kvHead, slice * DEPTH_PIECES + (t + 0u) % DEPTH_PIECES); }
-        if ((t + 0u) < 128u) { column0 = loadQuery(columnBase + (t + 0u) / DEPTH_PIECES, columnEnd, block.rangeItem, head, slice * DEPTH_PIECES + (t + 0u) % DEPTH_PIECES); }
+        if ((t + 0u) < 128u) { row0 = loadKey(block.rowStart + (t + 0u) / DEPTH_PIECES, block.rowEnd, kvHead, (slice) * DEPTH_PIECES + (t + 0u) % DEPTH_PIECES); }
+        if ((t + 0u) < 128u) { column0 = loadQuery(columnBase + (t + 0u) / DEPTH_PIECES, columnEnd, block.rangeItem, head, (slice) * DEPTH_PIECES + (t + 0u) % DEPTH_PIECES); }
         if ((t + 0u) < 128u) { stageRow((t + 0u), 0u, row0); }
         if ((t + 0u) < 128u) { stageColumn((t + 0u), 0u, column0); }
         workgroupBarrier();
@@ -289,7 +289,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
           default: {}
         }
         for (var slice = 0u; slice < PROB_SLICES; slice += 1u) {
-          if ((t + 0u) < 128u) { column0 = loadGrad(columnBase + sliceColumn(group, slice * DEPTH + (t + 0u) / 16u), columnEnd, block.rangeItem, head, (t + 0u) % 16u); }
+          if ((t + 0u) < 128u) { column0 = loadGrad(columnBase + sliceColumn(group, (slice) * DEPTH + (t + 0u) / 16u), columnEnd, block.rangeItem, head, (t + 0u) % 16u); }
           if ((t + 0u) < 128u) { stageSummed((t + 0u) / 16u, (t + 0u) % 16u, 0u, column0); }
           workgroupBarrier();
           if (masking && atomicLoad(&poisoned[0]) != 0u) {
@@ -326,8 +326,8 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
       var column0 = vec4<f32>();
 
       for (var slice = 0u; slice < valueSlices; slice += 1u) {
-        if ((t + 0u) < 128u) { row0 = loadValue(block.rowStart + (t + 0u) / DEPTH_PIECES, block.rowEnd, kvHead, slice * DEPTH_PIECES + (t + 0u) % DEPTH_PIECES); }
-        if ((t + 0u) < 128u) { column0 = loadGrad(columnBase + (t + 0u) / DEPTH_PIECES, columnEnd, block.rangeItem, head, slice * DEPTH_PIECES + (t + 0u) % DEPTH_PIECES); }
+        if ((t + 0u) < 128u) { row0 = loadValue(block.rowStart + (t + 0u) / DEPTH_PIECES, block.rowEnd, kvHead, (slice) * DEPTH_PIECES + (t + 0u) % DEPTH_PIECES); }
+        if ((t + 0u) < 128u) { column0 = loadGrad(columnBase + (t + 0u) / DEPTH_PIECES, columnEnd, block.rangeItem, head, (slice) * DEPTH_PIECES + (t + 0u) % DEPTH_PIECES); }
         if ((t + 0u) < 128u) { stageRow((t + 0u), 0u, row0); }
         if ((t + 0u) < 128u) { stageColumn((t + 0u), 0u, column0); }
         workgroupBarrier();
@@ -367,7 +367,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
           default: {}
         }
         for (var slice = 0u; slice < PROB_SLICES; slice += 1u) {
-          if ((t + 0u) < 128u) { column0 = loadQuery(columnBase + sliceColumn(group, slice * DEPTH + (t + 0u) / 16u), columnEnd, block.rangeItem, head, (t + 0u) % 16u); }
+          if ((t + 0u) < 128u) { column0 = loadQuery(columnBase + sliceColumn(group, (slice) * DEPTH + (t + 0u) / 16u), columnEnd, block.rangeItem, head, (t + 0u) % 16u); }
           if ((t + 0u) < 128u) { stageSummed((t + 0u) / 16u, (t + 0u) % 16u, 0u, column0); }
           workgroupBarrier();
           if (masking && atomicLoad(&poisoned[0]) != 0u) {

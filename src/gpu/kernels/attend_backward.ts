@@ -212,7 +212,7 @@ export function wgsl(target: GradTarget, tile: GradTile, shape: AttendBackwardSh
       load(
         `block.rowStart + ${piece} / DEPTH_PIECES`,
         "block.rowEnd",
-        `${slice} * DEPTH_PIECES + ${piece} % DEPTH_PIECES`,
+        `(${slice}) * DEPTH_PIECES + ${piece} % DEPTH_PIECES`,
       ),
     store: (piece, register, stage) => `stageRow(${piece}, ${stage}, ${register});`,
   });
@@ -223,7 +223,7 @@ export function wgsl(target: GradTarget, tile: GradTile, shape: AttendBackwardSh
       load(
         `columnBase + ${piece} / DEPTH_PIECES`,
         "columnEnd",
-        `${slice} * DEPTH_PIECES + ${piece} % DEPTH_PIECES`,
+        `(${slice}) * DEPTH_PIECES + ${piece} % DEPTH_PIECES`,
       ),
     store: (piece, register, stage) => `stageColumn(${piece}, ${stage}, ${register});`,
   });
@@ -232,7 +232,7 @@ export function wgsl(target: GradTarget, tile: GradTile, shape: AttendBackwardSh
     pieces: depth * quads * threadColumns,
     load: (piece, slice) =>
       load(
-        `columnBase + sliceColumn(group, ${slice} * DEPTH + ${piece} / ${quads * threadColumns}u)`,
+        `columnBase + sliceColumn(group, (${slice}) * DEPTH + ${piece} / ${quads * threadColumns}u)`,
         "columnEnd",
         `${piece} % ${quads * threadColumns}u`,
       ),
