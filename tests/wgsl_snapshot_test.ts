@@ -86,8 +86,9 @@ const oddBackward: AttendBackwardShape = {
   ...{ query: "f32", gradOutput: "f32", expanded: "f32", terms: { ...noTerms, scoreTerm: "mask" } },
 };
 const biasedBackward: AttendBackwardShape = { ...backward, query: "vec4<f16>", gradOutput: "f16", terms: biased.terms };
-const attendBackwardOf = (target: GradTarget, shape: AttendBackwardShape, gradBlock = 32) => {
-  const tile = attendBackward.gradTile(target, { gradBlock, unrollDepth: false }, shape, defaultLimits)!;
+const roomy = { ...defaultLimits, maxComputeWorkgroupStorageSize: 49152 };
+const attendBackwardOf = (target: GradTarget, shape: AttendBackwardShape, gradBlock = 32, limits = defaultLimits) => {
+  const tile = attendBackward.gradTile(target, { gradBlock, unrollDepth: false }, shape, limits)!;
   return attendBackward.wgsl(target, tile, shape);
 };
 
@@ -97,6 +98,7 @@ const kernels: Record<string, string> = {
   "attend_backward_keys": attendBackwardOf("keys", backward),
   "attend_backward_keys_halves_bias_cap_dropout": attendBackwardOf("keys", biasedBackward),
   "attend_backward_keys_64": attendBackwardOf("keys", backward, 64),
+  "attend_backward_query_128_two_stages": attendBackwardOf("query", backward, 128, roomy),
   "attend_backward_bias": attendBackwardOf("bias", biasedBackward),
   "expand_backward_latents": expandBackward.wgsl("latents", tile(true), {
     ...{ left: "vec4<f32>", right: "vec4<f16>", gradient: "vec4<f32>", gapped: false },
