@@ -4,6 +4,7 @@
 import type { FlashMLAConfig } from "../op/config.ts";
 import { FlashMLAError } from "../op/errors.ts";
 import { toFloats, writeFloats, zeros } from "../op/half.ts";
+import type { AttentionState } from "../op/attention_state.ts";
 import type { EncodedCall, MlaImplementation, MlaTarget, MlaTrial, TrialOptions } from "../op/implementation.ts";
 import type { AttentionState } from "../op/attention_state.ts";
 import type { MlaEvent } from "../op/mla_event.ts";
