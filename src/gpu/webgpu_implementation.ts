@@ -6,7 +6,6 @@ import { FlashMLAError } from "../op/errors.ts";
 import { toFloats, writeFloats, zeros } from "../op/half.ts";
 import type { AttentionState } from "../op/attention_state.ts";
 import type { EncodedCall, MlaImplementation, MlaTarget, MlaTrial, TrialOptions } from "../op/implementation.ts";
-import type { AttentionState } from "../op/attention_state.ts";
 import type { MlaEvent } from "../op/mla_event.ts";
 import type { MlaGradients } from "../op/mla_gradients.ts";
 import { lseShape, type MlaInputs, type MlaProblem, outputShape, tensorNames } from "../op/mla_problem.ts";
