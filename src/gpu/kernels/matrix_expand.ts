@@ -1,0 +1,278 @@
+// Expansion of latents to keys or values of a group of heads on matrix units: a GEMM [rows, L] × [L, heads · width], f16
+// products and f32 sums, into halves laid out as matrix_scratch.ts says.
+//
+//   one workgroup = blockM × blockN of the result; each subgroup owns 16·rowFragments × 16·columnFragments of it
+//   the latent axis streams through workgroup memory `depth` at a time; the next slice waits in registers meanwhile
+//   workgroup memory in quads (128 × 256 × 32, 8 subgroups of 64 × 64: 45.6 KB):
+//     latents  blockM · (depth/8 + 1)    weights  depth · (blockN/8 + 1)    results  subgroups · 16 · 9
+//
+// Sums past the largest half, 65,504, become that instead of infinity: keys that large decide the softmax either way.
+
+import type { Capabilities } from "../capabilities.ts";
+import { halfRange, paddedWidth } from "./matrix_scratch.ts";
+import {
+  fragmentQuads,
+  fragmentSize,
+  type MatrixBackend,
+  type MatrixMemory,
+  matrixUnit,
+  memoryBytes,
+  subgroupSize,
+} from "./matrix_unit.ts";
+import { indent, unroll } from "./register_tile.ts";
+import { load4, storageDirectives, type StorageElement } from "./storage_element.ts";
+
+/** The tile of one kernel. */
+export interface MatrixExpandTile {
+  /** Rows of the result that one workgroup owns. */
+  readonly blockM: number;
+  /** Columns of the result that one workgroup owns. */
+  readonly blockN: number;
+  /** Latent columns staged per step. */
+  readonly depth: number;
+  /** Rows of a subgroup, in fragments. */
+  readonly rowFragments: number;
+  /** Columns of a subgroup, in fragments; a multiple of 2. */
+  readonly columnFragments: number;
+}
+
+/** What of a call the generated WGSL depends on; sizes are read at run time. */
+export interface MatrixExpandShape {
+  /** Latent rows as they are stored. */
+  readonly latent: StorageElement;
+  /** Weights as they are stored. */
+  readonly weight: StorageElement;
+  /** Width of one head of the result. */
+  readonly headDim: number;
+  /** Whether batch items of latents lie apart or overlap, so that finding a row takes a division. */
+  readonly gapped: boolean;
+}
+
+const resultStride = 9;
+
+function layout({ blockM, blockN, depth, rowFragments, columnFragments }: MatrixExpandTile) {
+  const subgroupRows = blockM / (rowFragments * fragmentSize);
+  const subgroupColumns = blockN / (columnFragments * fragmentSize);
+  const leftStride = depth / 8 + 1;
+  const rightStride = blockN / 8 + 1;
+  const subgroups = subgroupRows * subgroupColumns;
+  const latents: MatrixMemory = { name: "latents", kind: "halves", quads: blockM * leftStride };
+  const weights: MatrixMemory = { name: "weights", kind: "halves", quads: depth * rightStride };
+  const results: MatrixMemory = { name: "results", kind: "floats", quads: subgroups * fragmentSize * resultStride };
+  return { subgroupColumns, subgroups, leftStride, rightStride, latents, weights, results };
+}
+
+/** Invocations per workgroup. */
+export function workgroupSize(tile: MatrixExpandTile): number {
+  return layout(tile).subgroups * subgroupSize;
+}
+
+/** Bytes of workgroup memory that the kernel declares. */
+export function workgroupBytes(tile: MatrixExpandTile): number {
+  const { latents, weights, results } = layout(tile);
+  return memoryBytes([latents, weights, results]);
+}
+
+/** Why this tile cannot run, or null when it can. */
+export function whyInvalid(tile: MatrixExpandTile, { limits }: Pick<Capabilities, "limits">): string | null {
+  const { subgroups } = layout(tile);
+  if (!Number.isInteger(subgroups) || tile.columnFragments % 2 !== 0 || tile.depth % fragmentSize !== 0) {
+    return `${tile.blockM} × ${tile.blockN} × ${tile.depth} is not a whole number of the subgroups' parts`;
+  }
+  if (workgroupSize(tile) > limits.maxComputeInvocationsPerWorkgroup) {
+    return `${
+      workgroupSize(tile)
+    } invocations pass maxComputeInvocationsPerWorkgroup = ${limits.maxComputeInvocationsPerWorkgroup}`;
+  }
+  const bytes = workgroupBytes(tile);
+  return bytes <= limits.maxComputeWorkgroupStorageSize
+    ? null
+    : `${bytes} bytes of workgroup memory pass maxComputeWorkgroupStorageSize = ${limits.maxComputeWorkgroupStorageSize}`;
+}
+
+/** Columns of the result, padding included. */
+export function paddedColumns(shape: Pick<MatrixExpandShape, "headDim">, heads: number): number {
+  return heads * paddedWidth(shape.headDim);
+}
+
+/** The kernel's source. */
+export function wgsl(tile: MatrixExpandTile, shape: MatrixExpandShape, backend: MatrixBackend): string {
+  const { blockM, blockN, depth, rowFragments, columnFragments } = tile;
+  const unit = matrixUnit(backend);
+  const { subgroupColumns, leftStride, rightStride, latents, weights, results } = layout(tile);
+  const size = workgroupSize(tile);
+  const depthQuads = depth / 8;
+  const columnQuads = blockN / 8;
+  const padded = paddedWidth(shape.headDim);
+
+  const registersOf = (count: number) => Math.ceil(count / size);
+  const pieces = (count: number, emit: (piece: string, i: number) => string) =>
+    unroll(registersOf(count), (i) => {
+      const piece = i === 0 ? "t" : `t + ${i * size}u`;
+      const code = emit(piece, i);
+      return (i + 1) * size <= count ? code : `if (${piece} < ${count}u) {\n${indent(code, 2)}\n}`;
+    });
+  const latentPieces = blockM * depthQuads;
+  const weightPieces = depth * columnQuads;
+  const load = (slice: string) =>
+    `${pieces(latentPieces, (piece, i) => `latent${i} = loadLatents(${piece}, ${slice}, rowBase);`)}
+${pieces(weightPieces, (piece, i) => `weight${i} = loadWeights(${piece}, ${slice}, columnBase);`)}`;
+  const store = `${
+    pieces(latentPieces, (piece, i) =>
+      unit.writeQuad(
+        latents,
+        `(${piece}) / ${depthQuads}u * ${leftStride}u + (${piece}) % ${depthQuads}u`,
+        `latent${i}`,
+      ))
+  }
+${
+    pieces(weightPieces, (piece, i) =>
+      unit.writeQuad(
+        weights,
+        `(${piece}) / ${columnQuads}u * ${rightStride}u + (${piece}) % ${columnQuads}u`,
+        `weight${i}`,
+      ))
+  }`;
+  const multiply = unroll(depth / fragmentSize, (d) =>
+    `{
+${
+      unroll(rowFragments, (r) =>
+        `  let a${r} = ${
+          unit.loadLeft(
+            latents,
+            `(subgroupRow * ${rowFragments}u + ${r}u) * ${fragmentSize * leftStride}u + ${d * fragmentQuads}u`,
+            leftStride,
+          )
+        };`)
+    }
+${
+      unroll(columnFragments, (c) => {
+        const right = unit.right(
+          `b${c}`,
+          weights,
+          `${d * fragmentSize * rightStride}u + (subgroupColumn * ${columnFragments}u + ${c}u) * ${fragmentQuads}u`,
+          rightStride,
+          "row",
+        );
+        return indent(
+          `${right.code}\n${unroll(rowFragments, (r) => unit.accumulate(`c${r}_${c}`, `a${r}`, right))}`,
+          2,
+        );
+      })
+    }
+}`);
+  const everyResult = (emit: (name: string, row: number, column: number) => string) =>
+    unroll(rowFragments, (r) => unroll(columnFragments, (c) => emit(`c${r}_${c}`, r, c)));
+
+  return `${
+    unit.native ? unit.directives : storageDirectives([shape.latent, shape.weight])
+  }// Latents × weights = keys or values of a head group in halves, on matrix units. ${blockM} × ${blockN}, depth ${depth}
+const BLOCK_M = ${blockM}u;
+const BLOCK_N = ${blockN}u;
+const DEPTH = ${depth}u;
+const WIDTH = ${shape.headDim}u; // of a head
+const PADDED = ${padded}u; // the same in whole fragments
+
+struct Params {
+  rows: u32,         // latent rows
+  columns: u32,      // columns of the result: heads of the group × padded width
+  firstColumn: u32,  // first column of the group in the weights
+  firstTile: u32,    // index of the first row tile of this dispatch
+  L: u32,            // width of a latent row
+  weightStride: u32, // columns of the weights: all KV heads × width
+  latentBase: u32,   // elements from the binding's start to the first row
+  latentRow: u32,    // elements from one row to the next
+  latentRows: u32,   // rows of a batch item
+  latentGap: u32,    // further elements from one batch item to the next, modulo 2^32
+  weightBase: u32,
+  expandedBase: u32, // halves from the scratch's start to the first row, a multiple of 8
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> latent: array<${shape.latent}>;
+@group(0) @binding(2) var<storage, read> weight: array<${shape.weight}>;
+@group(0) @binding(3) var<storage, read_write> expanded: array<vec4<u32>>; // halves
+
+${unit.declarations([latents, weights, results])}
+
+${halfRange}
+
+fn loadLatent4(row: u32, column: u32) -> vec4<f32> {
+  if (row >= params.rows || column >= params.L) { return vec4<f32>(); }
+  let offset = params.latentBase + row * params.latentRow${
+    shape.gapped ? " + (row / params.latentRows) * params.latentGap" : ""
+  };
+  return ${load4("latent", shape.latent, "offset", "column", "params.L")};
+}
+
+fn loadLatents(piece: u32, slice: u32, rowBase: u32) -> vec4<u32> {
+  let row = rowBase + piece / ${depthQuads}u;
+  let column = slice * DEPTH + piece % ${depthQuads}u * 8u;
+  return packHalves(saturated(loadLatent4(row, column)), saturated(loadLatent4(row, column + 4u)));
+}
+
+fn loadWeight4(row: u32, head: u32, within: u32) -> vec4<f32> {
+  if (within >= WIDTH) { return vec4<f32>(); }
+  let offset = params.weightBase + row * params.weightStride + params.firstColumn + head * WIDTH;
+  return ${load4("weight", shape.weight, "offset", "within", "WIDTH")};
+}
+
+fn loadWeights(piece: u32, slice: u32, columnBase: u32) -> vec4<u32> {
+  let row = slice * DEPTH + piece / ${columnQuads}u;
+  let column = columnBase + piece % ${columnQuads}u * 8u;
+  if (row >= params.L || column >= params.columns) { return vec4<u32>(); }
+  let head = column / PADDED;
+  let within = column % PADDED;
+  return packHalves(saturated(loadWeight4(row, head, within)), saturated(loadWeight4(row, head, within + 4u)));
+}
+
+@compute @workgroup_size(${size})
+fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) t: u32) {
+${unit.prologue}
+  let rowBase = (params.firstTile + workgroup.y) * BLOCK_M;
+  let columnBase = workgroup.x * BLOCK_N;
+  let subgroupRow = subgroup / ${subgroupColumns}u;
+  let subgroupColumn = subgroup % ${subgroupColumns}u;
+  let slices = (params.L + DEPTH - 1u) / DEPTH;
+${everyResult((c) => `  var ${c}: ${unit.resultType};`)}
+${unroll(registersOf(latentPieces), (i) => `  var latent${i} = vec4<u32>();`)}
+${unroll(registersOf(weightPieces), (i) => `  var weight${i} = vec4<u32>();`)}
+${indent(load("0u"), 2)}
+  for (var slice = 0u; slice < slices; slice += 1u) {
+${indent(store, 4)}
+    workgroupBarrier();
+${indent(load("slice + 1u"), 4)}
+${indent(multiply, 4)}
+    workgroupBarrier();
+  }
+
+  // Two neighbouring fragments at a time, rows of 32, through the subgroup's own memory.
+  let own = subgroup * ${fragmentSize * resultStride}u;
+${
+    unroll(rowFragments, (r) =>
+      unroll(columnFragments / 2, (pair) =>
+        `  ${unit.storeResult(results, "own", resultStride, `c${r}_${2 * pair}`)}
+  ${unit.storeResult(results, "own + 4u", resultStride, `c${r}_${2 * pair + 1}`)}
+  workgroupBarrier();
+${
+          unroll(2, (i) =>
+            `  {
+    let ownRow = (lane + ${i * subgroupSize}u) / 4u;
+    let at = own + ownRow * ${resultStride}u + (lane + ${i * subgroupSize}u) % 4u * 2u;
+    let row = rowBase + (subgroupRow * ${rowFragments}u + ${r}u) * 16u + ownRow;
+    let column = columnBase + (subgroupColumn * ${columnFragments}u + ${2 * pair}u) * 16u + (lane + ${
+              i * subgroupSize
+            }u) % 4u * 8u;
+    if (row < params.rows && column < params.columns) {
+      expanded[(params.expandedBase + row * params.columns + column) / 8u] = packHalves(
+        saturated(${unit.readQuad(results, "at")}),
+        saturated(${unit.readQuad(results, "at + 1u")}),
+      );
+    }
+  }`)
+        }
+  workgroupBarrier();`))
+  }
+}
+`;
+}
