@@ -9,13 +9,13 @@
 // the attention; work on masked or padded elements is not counted.
 
 import { flashMLA, type FlashMLAConfig, type MlaCall, type MlaInvocation } from "../mod.ts";
-import { type KernelName, PlanCache } from "../src/gpu/compiled_plan.ts";
+import { PlanCache } from "../src/gpu/compiled_plan.ts";
 import { gpuContext } from "../src/gpu/device.ts";
 import { operandLayouts } from "../src/gpu/operand_layout.ts";
 import { PreparedAttention } from "../src/gpu/prepared_attention.ts";
 import { ResidentCall } from "../src/gpu/resident_call.ts";
 import { clockProbe, timingMethod } from "../src/gpu/timing.ts";
-import { segments, visibleKeyEnd } from "../src/op/segments.ts";
+import { segments, visibleKeys } from "../src/op/segments.ts";
 import { toHalves } from "../src/op/half.ts";
 import { mapTensors, type MlaProblem } from "../src/op/mla_problem.ts";
 import type { HostTensor, Tensor } from "../src/op/tensor.ts";
@@ -47,7 +47,8 @@ function visiblePairs(problem: MlaProblem): number {
   let pairs = 0;
   for (const segment of segments(problem)) {
     for (let row = segment.queryStart; row < segment.queryEnd; row++) {
-      pairs += visibleKeyEnd(segment, row, problem.causal) - segment.keyStart;
+      const { start, end } = visibleKeys(segment, row, problem);
+      pairs += end - start;
     }
   }
   return pairs * problem.queryHeads;
@@ -73,7 +74,7 @@ async function warmUp(prepared: PreparedAttention, repeats: number): Promise<voi
 /** Median and relative spread of a kernel's time at a steady clock. */
 async function measure(
   prepared: PreparedAttention,
-  only: readonly KernelName[],
+  only: readonly string[],
 ): Promise<[ms: number, spread: number]> {
   await prepared.time(1, only);
   const repeats = Math.max(1, Math.ceil(sampleMs / await prepared.time(1, only)));
@@ -97,7 +98,7 @@ async function row(shape: BenchShape): Promise<Row> {
   const { compiled, release } = await new PlanCache(context).borrow(
     problem,
     cfg,
-    operandLayouts(problem, inputs, context.capabilities.f16, half ? "f16" : "f32"),
+    operandLayouts(problem, inputs, context.capabilities.f16, { out: half ? "f16" : "f32" }),
   );
   const resident = await ResidentCall.create(context, problem, call, compiled.plan);
   const prepared = await PreparedAttention.create(context, problem, compiled, resident);

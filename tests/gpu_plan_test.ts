@@ -1,14 +1,15 @@
 import { describe, test } from "node:test";
 import { assert, assertEquals, assertThrows } from "@std/assert";
 import fc from "fast-check";
-import { attentionPlan, paramsBytes, paramsStride, whyInvalid } from "../src/gpu/attention_plan.ts";
+import { attentionPlan, whyInvalid } from "../src/gpu/attention_plan.ts";
 import { type Capabilities, defaultLimits } from "../src/gpu/capabilities.ts";
+import { paramsBytes, paramsStride } from "../src/gpu/dispatch_plan.ts";
 import * as attend from "../src/gpu/kernels/attend.ts";
-import { blockWords, type RowRange, schedule } from "../src/gpu/schedule.ts";
+import { type BlockOwner, blockWords, type RowRange, schedule } from "../src/gpu/schedule.ts";
 import { FlashMLAError } from "../src/op/errors.ts";
 import { floatInputs, type MlaProblem, mlaProblem } from "../src/op/mla_problem.ts";
 import { pieces } from "../src/op/pieces.ts";
-import { segments, visibleKeyEnd } from "../src/op/segments.ts";
+import { segments, visibleKeys } from "../src/op/segments.ts";
 import { smallConfig } from "./support/gpu.ts";
 import { problems, randomCall } from "./support/random_problem.ts";
 
@@ -26,6 +27,11 @@ const v3: MlaProblem = {
   causal: true,
   softmaxScale: 192 ** -0.5,
   cuSeqlens: null,
+  logitsSoftCap: null,
+  slidingWindow: null,
+  scoreTerm: "none",
+  sinks: 0,
+  dropout: null,
   dtype: "f32",
 };
 
@@ -40,9 +46,16 @@ const least: Capabilities = {
   limits: defaultLimits,
 };
 
-const randomProblems = problems().map((shape) => {
+const windows = fc.oneof(
+  fc.constant(undefined),
+  fc.integer({ min: 1, max: 9 }),
+  fc.tuple(fc.nat(9), fc.nat(9)),
+);
+
+const randomProblems = fc.tuple(problems(), windows).map(([shape, slidingWindow]) => {
   const { inputs, options } = randomCall(shape);
-  return { inputs, problem: mlaProblem(inputs, options) };
+  const math = { ...options, slidingWindow };
+  return { inputs, options: math, problem: mlaProblem(inputs, math) };
 });
 
 describe("schedule()", () => {
@@ -55,21 +68,49 @@ describe("schedule()", () => {
         (drawn, blockQ, cut) => {
           const { problem } = drawn;
           const rows = problem.batch * problem.queryLength;
-          const seen: number[][] = Array.from({ length: rows }, () => []);
+          const seen: string[] = [];
+          const covered = new Set<number>();
           for (let start = 0; start < rows; start += cut) {
-            for (const [row, from, to] of visible(problem, blockQ, { start, end: Math.min(start + cut, rows) })) {
-              seen[row].push(from, to);
+            for (const [row, columns] of visible(problem, blockQ, { start, end: Math.min(start + cut, rows) })) {
+              assert(!covered.has(row + start), `row ${row + start} twice`);
+              covered.add(row + start);
+              columns.forEach((key) => seen.push(`${row + start} ${key}`));
             }
           }
-          for (const segment of segments(problem)) {
-            for (let row = segment.queryStart; row < segment.queryEnd; row++) {
-              assertEquals(seen[row], [segment.keyStart, visibleKeyEnd(segment, row, problem.causal)], `row ${row}`);
-            }
-          }
+          assertEquals(seen.toSorted(), visiblePairs(problem));
+          assertEquals(covered.size, rows);
         },
       ),
       { numRuns: 300 },
     );
+  });
+
+  test("gives keys the queries that see them, range by range", () => {
+    fc.assert(
+      fc.property(
+        randomProblems,
+        fc.integer({ min: 1, max: 9 }),
+        fc.integer({ min: 1, max: 20 }),
+        ({ problem }, blockK, cut) => {
+          const rows = problem.batch * problem.queryLength;
+          const seen: string[] = [];
+          for (let start = 0; start < rows; start += cut) {
+            const range = { start, end: Math.min(start + cut, rows) };
+            for (const [key, queries] of visible(problem, blockK, range, "keys")) {
+              queries.forEach((query) => seen.push(`${query + start} ${key}`));
+            }
+          }
+          assertEquals(seen.toSorted(), visiblePairs(problem));
+        },
+      ),
+      { numRuns: 300 },
+    );
+  });
+
+  test("visits no block of keys outside of a window", () => {
+    const problem: MlaProblem = { ...v3, queryLength: 32768, keyLength: 32768, slidingWindow: [512, 512] };
+    const words = schedule(problem, 128, { start: 0, end: 32768 });
+    for (let i = 0; i < words.length; i += blockWords) assert(words[i + 3] - words[i + 2] <= 512 + 128);
   });
 
   test("starts the longest blocks first", () => {
@@ -79,31 +120,52 @@ describe("schedule()", () => {
     assertEquals(keys.length, 32);
   });
 
-  /** [row, first key, one past the last key] of every row of a range, as the kernel works it out. */
-  function visible(problem: MlaProblem, blockQ: number, range: RowRange): [number, number, number][] {
-    const words = schedule(problem, blockQ, range);
-    const found: [number, number, number][] = [];
+  /** Every row of a range with the columns that it sees, as the kernels work it out. */
+  function visible(
+    problem: MlaProblem,
+    blockRows: number,
+    range: RowRange,
+    owner: BlockOwner = "queries",
+  ): [row: number, columns: number[]][] {
+    const words = schedule(problem, blockRows, range, owner);
+    const found: [number, number[]][] = [];
     for (let i = 0; i < words.length; i += blockWords) {
-      const [queryStart, queryEnd, keyStart, keyEnd, sharedEnd] = words.subarray(i, i + blockWords);
-      const diagonal = words[i + 5] | 0;
-      assert(queryEnd - queryStart <= blockQ && queryEnd > queryStart);
-      const ends = Array.from(
-        { length: queryEnd - queryStart },
-        (_, r) => Math.max(keyStart, Math.min(keyEnd, Math.max(queryStart + r + diagonal, 0))),
-      );
-      assertEquals(Math.max(...ends), keyEnd);
-      assertEquals(Math.min(...ends), sharedEnd);
-      ends.forEach((end, r) => found.push([queryStart + r + range.start, keyStart, end]));
+      const [rowStart, rowEnd, columnStart, columnEnd, sharedStart, sharedEnd] = words.subarray(i, i + blockWords);
+      const [diagonalStart, diagonalEnd] = [words[i + 6] | 0, words[i + 7] | 0];
+      assert(rowEnd - rowStart <= blockRows && rowEnd > rowStart);
+      const union = new Set<number>();
+      for (let row = rowStart; row < rowEnd; row++) {
+        const columns: number[] = [];
+        for (let column = columnStart; column < columnEnd; column++) {
+          const sees = column >= row + diagonalStart && column < row + diagonalEnd;
+          if (sees) columns.push(column);
+          // Where kernels do not mask, every row sees everything.
+          if (column >= sharedStart && column < sharedEnd) assert(sees, `row ${row} hides ${column}`);
+        }
+        columns.forEach((column) => union.add(column));
+        found.push([row, columns]);
+      }
+      if (union.size > 0) assertEquals([Math.min(...union), Math.max(...union)], [columnStart, columnEnd - 1]);
     }
     return found;
+  }
+
+  function visiblePairs(problem: MlaProblem): string[] {
+    const pairs: string[] = [];
+    for (const segment of segments(problem)) {
+      for (let row = segment.queryStart; row < segment.queryEnd; row++) {
+        const { start, end } = visibleKeys(segment, row, problem);
+        for (let key = start; key < end; key++) pairs.push(`${row} ${key}`);
+      }
+    }
+    return pairs.toSorted();
   }
 });
 
 describe("attentionPlan()", () => {
   test("keeps expanded keys and values within 256 MiB and a binding", () => {
     const plan = attentionPlan(v3, smallConfig, least);
-    assert(plan.keysBytes + plan.valuesBytes <= 256 * 2 ** 20);
-    assert(plan.keysBytes <= defaultLimits.maxStorageBufferBindingSize);
+    assert(plan.scratch.expanded! <= Math.min(256 * 2 ** 20, defaultLimits.maxStorageBufferBindingSize));
     const heads = plan.dispatches.filter(({ kernel }) => kernel === "attend").map(({ workgroups }) => workgroups[0]);
     assertEquals(heads.reduce((sum, n) => sum + n, 0), 128 * plan.queryRanges.length);
   });
@@ -138,7 +200,7 @@ describe("attentionPlan()", () => {
     const [what, change] of [
       ["keyValue", { keyLength: 2 ** 17 }],
       ["wKc", { kvHeads: 1024, queryHeads: 1024 }],
-      ["the expanded keys or values of one head", { keyLength: 2 ** 15, vHeadDim: 2048, queryHeads: 1, kvHeads: 1 }],
+      ["the expanded keys and values of one head", { keyLength: 2 ** 15, vHeadDim: 2048, queryHeads: 1, kvHeads: 1 }],
     ] as const
   ) {
     test(`names the limit when ${what} passes it`, () => {
@@ -191,12 +253,12 @@ describe("whyInvalid()", () => {
 describe("pieces()", () => {
   test("are whole sequences, in order, that make up the call", () => {
     fc.assert(
-      fc.property(randomProblems, fc.integer({ min: 1, max: 40 }), ({ problem, inputs }, maxKeyRows) => {
+      fc.property(randomProblems, fc.integer({ min: 1, max: 40 }), ({ problem, inputs, options }, maxKeyRows) => {
         const parts = pieces(problem, inputs, maxKeyRows);
         let queryRow = 0;
         for (const part of parts) {
           assertEquals(part.queryRow, queryRow);
-          assertEquals(mlaProblem(part.inputs, problem), part.problem);
+          assertEquals(mlaProblem(part.inputs, options), part.problem);
           queryRow += part.problem.batch * part.problem.queryLength;
           const whole = segments(part.problem).filter(({ keyStart, keyEnd }) => keyEnd > keyStart);
           assert(part.problem.batch * part.problem.keyLength <= maxKeyRows || whole.length === 1);

@@ -10,6 +10,8 @@ import * as attend from "../src/gpu/kernels/attend.ts";
 import type { AttendShape } from "../src/gpu/kernels/attend_operands.ts";
 import * as expand from "../src/gpu/kernels/expand.ts";
 import * as halfCopy from "../src/gpu/kernels/half_copy.ts";
+import type { ScoreTerms } from "../src/gpu/kernels/score_terms.ts";
+import * as sinks from "../src/gpu/kernels/sinks.ts";
 
 const directory = new URL("snapshots/", import.meta.url);
 const update = process.env.FLASH_MLA_UPDATE_SNAPSHOTS === "1";
@@ -25,27 +27,40 @@ const small: attend.AttendTile = {
   unrollDepth: false,
   subgroups: false,
 };
+const noTerms: ScoreTerms = { scoreTerm: "none", softCap: false, window: false, bias: "f32", dropout: false };
 const shape: AttendShape = {
   vHeadDim: 32,
   rope: "in_query",
   query: "vec4<f32>",
-  keys: "vec4<f32>",
-  values: "vec4<f32>",
+  expanded: "vec4<f32>",
   output: "vec4<f32>",
   ropeKey: "vec4<f32>",
   ropeQuery: "f32",
+  terms: noTerms,
+  sinkQuads: 0,
+  lse: false,
 };
 const odd: AttendShape = {
   vHeadDim: 7,
   rope: "shared",
   query: "f32",
-  keys: "f32",
-  values: "f32",
+  expanded: "f32",
   output: "f32",
   ropeKey: "f32",
   ropeQuery: "f32",
+  terms: noTerms,
+  sinkQuads: 0,
+  lse: false,
 };
-const halves: AttendShape = { ...shape, query: "vec4<f16>", keys: "vec4<f16>", output: "f16", ropeKey: "f16" };
+const halves: AttendShape = { ...shape, query: "vec4<f16>", output: "f16", ropeKey: "f16" };
+const window = { softCap: true, window: true };
+const biased: AttendShape = {
+  ...shape,
+  terms: { ...noTerms, ...window, scoreTerm: "bias", bias: "f16", dropout: true },
+  sinkQuads: 2,
+  lse: true,
+};
+const masked: AttendShape = { ...shape, terms: { ...noTerms, scoreTerm: "mask" }, lse: true };
 const withSubgroups = { subgroups: { minSize: 32, maxSize: 32, directive: true } };
 const without = { subgroups: null };
 const tile = (unrollDepth: boolean) => expand.expandTile({ expandBlock: 32, unrollDepth }, defaultLimits);
@@ -54,6 +69,9 @@ const kernels: Record<string, string> = {
   "attend": attend.wgsl(small, shape, without),
   "attend_no_rope": attend.wgsl(small, { ...shape, rope: "none" }, without),
   "attend_shared_rope_odd_widths": attend.wgsl(small, odd, without),
+  "attend_bias_window_cap_sinks_dropout": attend.wgsl(small, biased, without),
+  "attend_mask_lse": attend.wgsl(small, masked, without),
+  "sinks": sinks.wgsl("f16"),
   "attend_two_stages_unrolled": attend.wgsl({ ...small, numStages: 2, unrollDepth: true }, shape, without),
   "attend_halves_subgroups": attend.wgsl({ ...small, subgroups: true }, halves, withSubgroups),
   "expand": expand.wgsl(tile(true), {

@@ -14,6 +14,7 @@ export const BufferUsage = {
 
 const usages = {
   storage: BufferUsage.STORAGE | BufferUsage.COPY_SRC | BufferUsage.COPY_DST,
+  storageAndUniform: BufferUsage.STORAGE | BufferUsage.UNIFORM | BufferUsage.COPY_DST,
   uniform: BufferUsage.UNIFORM | BufferUsage.COPY_DST,
   readback: BufferUsage.MAP_READ | BufferUsage.COPY_DST,
 } as const;
@@ -78,7 +79,7 @@ export class BufferPool {
     } else {
       buffer = this.#device.createBuffer({ label: `flash-mla ${usage}`, size: rounded, usage: usages[usage] });
     }
-    if (this.#poison && usage === "storage") {
+    if (this.#poison && usage.startsWith("storage")) {
       this.#device.queue.writeBuffer(buffer, 0, new Float32Array(rounded / 4).fill(NaN));
     }
     this.#lent++;

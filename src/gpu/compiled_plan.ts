@@ -3,25 +3,23 @@
 
 import type { FlashMLAConfig } from "../op/config.ts";
 import type { MlaProblem } from "../op/mla_problem.ts";
-import { type AttentionPlan, attentionPlan, type Dispatch } from "./attention_plan.ts";
+import { attentionPlan } from "./attention_plan.ts";
 import { BufferUsage } from "./buffers.ts";
 import { type GpuContext, unlessLost } from "./device.ts";
+import type { DispatchPlan, Schedule } from "./dispatch_plan.ts";
 import { inErrorScopes } from "./error_scopes.ts";
 import type { OperandLayouts } from "./operand_layout.ts";
-
-/** The kernels of a plan, by name. */
-export type KernelName = Dispatch["kernel"];
 
 /** A plan with its kernels and its constant buffers. */
 export interface CompiledPlan {
   /** The plan. */
-  readonly plan: AttentionPlan;
+  readonly plan: DispatchPlan;
   /** The compiled kernels. */
-  readonly pipelines: Readonly<Record<KernelName, GPUComputePipeline>>;
+  readonly pipelines: Readonly<Record<string, GPUComputePipeline>>;
   /** The parameter blocks. */
   readonly params: GPUBuffer;
-  /** The schedule of each query range. */
-  readonly blocks: readonly GPUBuffer[];
+  /** The schedules, for each query range. */
+  readonly schedules: Readonly<Partial<Record<Schedule, readonly GPUBuffer[]>>>;
 }
 
 /** Plans that one device keeps. A model's layers share one; prefill lengths and decoding steps bring new ones. */
@@ -71,15 +69,20 @@ export class PlanCache {
     }
   }
 
-  async #compile(plan: AttentionPlan): Promise<CompiledPlan> {
+  async #compile(plan: DispatchPlan): Promise<CompiledPlan> {
     const { pipelines } = this.#context;
-    const names = Object.keys(plan.kernels) as KernelName[];
+    const names = Object.keys(plan.kernels);
     const compiled = await Promise.all(names.map((name) => pipelines.get(name, plan.kernels[name])));
     return await inErrorScopes(this.#context, "hold a plan", () => ({
       plan,
-      pipelines: Object.fromEntries(names.map((name, i) => [name, compiled[i]])) as CompiledPlan["pipelines"],
+      pipelines: Object.fromEntries(names.map((name, i) => [name, compiled[i]])),
       params: this.#upload(BufferUsage.UNIFORM, plan.params),
-      blocks: plan.queryRanges.map(({ blocks }) => this.#upload(BufferUsage.STORAGE, blocks.buffer)),
+      schedules: Object.fromEntries(
+        Object.entries(plan.schedules).map(([name, ranges]) => [
+          name,
+          ranges.map((words) => this.#upload(BufferUsage.STORAGE, words.buffer)),
+        ]),
+      ),
     }));
   }
 
@@ -104,7 +107,9 @@ export class PlanCache {
       if (this.#kept.size <= keptPlans) return;
       if ((this.#users.get(plan) ?? 0) > 0) continue;
       this.#kept.delete(key);
-      plan.then(({ params, blocks }) => [params, ...blocks].forEach((buffer) => buffer.destroy()), () => {});
+      plan.then(({ params, schedules }) => {
+        for (const buffer of [params, ...Object.values(schedules).flat()]) buffer.destroy();
+      }, () => {});
     }
   }
 }

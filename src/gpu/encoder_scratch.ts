@@ -1,12 +1,14 @@
-// Scratch of calls that are recorded into one encoder. They run one after another and each writes its expanded keys and
-// values before it reads them, so that one pair of buffers serves a whole model's layers.
+// Scratch of calls that are recorded into one encoder. They run one after another and each writes its scratch before it
+// reads it, so that one set of buffers serves a whole model's layers.
 
+import type { PooledUsage } from "./buffers.ts";
 import type { GpuContext } from "./device.ts";
+import type { ScratchName } from "./dispatch_plan.ts";
 
 /** The scratch of a call. */
 export interface Scratch {
-  /** A buffer of at least so many bytes for expanded keys or values. */
-  lend(side: "keys" | "values", bytes: number): GPUBuffer;
+  /** A buffer of at least so many bytes. */
+  lend(name: ScratchName, bytes: number): GPUBuffer;
   /** Gives the buffers back, when no other call needs them; calling it twice does no harm. */
   dispose(): void;
   /** The same after a failure: any of the buffers may be one that the device refused. */
@@ -14,9 +16,14 @@ export interface Scratch {
 }
 
 interface SharedScratch {
-  readonly lent: { readonly side: "keys" | "values"; readonly buffer: GPUBuffer }[];
+  readonly lent: { readonly name: ScratchName; readonly buffer: GPUBuffer }[];
   users: number;
   doubtful: boolean;
+}
+
+/** Sinks are written by one kernel and bound as a uniform by another. */
+function usageOf(name: ScratchName): PooledUsage {
+  return name === "sinks" ? "storageAndUniform" : "storage";
 }
 
 const shared = new WeakMap<GPUCommandEncoder, SharedScratch>();
@@ -37,17 +44,17 @@ export function scratchFor(context: GpuContext, encoder?: GPUCommandEncoder): Sc
     disposed = true;
     if (--own.users > 0) return;
     if (encoder !== undefined && shared.get(encoder) === own) shared.delete(encoder);
-    for (const { buffer } of own.lent.splice(0)) {
+    for (const { name, buffer } of own.lent.splice(0)) {
       if (own.doubtful) context.buffers.discard(buffer);
-      else context.buffers.release("storage", buffer);
+      else context.buffers.release(usageOf(name), buffer);
     }
   };
   return {
-    lend(side, bytes) {
-      const found = own.lent.find((lent) => lent.side === side && lent.buffer.size >= bytes);
+    lend(name, bytes) {
+      const found = own.lent.find((lent) => lent.name === name && lent.buffer.size >= bytes);
       if (found !== undefined) return found.buffer;
-      const buffer = context.buffers.acquire("storage", bytes);
-      own.lent.push({ side, buffer });
+      const buffer = context.buffers.acquire(usageOf(name), bytes);
+      own.lent.push({ name, buffer });
       return buffer;
     },
     dispose,

@@ -6,6 +6,7 @@ import type { Capabilities } from "./capabilities.ts";
 import * as attend from "./kernels/attend.ts";
 import type { AttendShape } from "./kernels/attend_operands.ts";
 import * as expand from "./kernels/expand.ts";
+import * as sinks from "./kernels/sinks.ts";
 
 /** Sources kept: some dozens of kilobytes each. */
 const kept = 256;
@@ -34,4 +35,9 @@ export function attendSource(
 ): string {
   const key = `attend ${JSON.stringify([config, shape, capabilities.subgroups])}`;
   return remembered(key, () => attend.wgsl(config, shape, capabilities));
+}
+
+/** The kernel that sums the sinks of each head. */
+export function sinksSource(stored: "f32" | "f16"): string {
+  return remembered(`sinks ${stored}`, () => sinks.wgsl(stored));
 }

@@ -16,7 +16,8 @@ export function mostKeyRows(problem: MlaProblem, inputs: MlaInputs, limit: numbe
   const { batch, keyLength, kvLoraRank, qkNopeHeadDim, qkRopeHeadDim, vHeadDim } = problem;
   const rows = batch * keyLength;
   const fits = (count: number): boolean => {
-    if (count * Math.max(qkNopeHeadDim, vHeadDim) * 4 > limit) return false;
+    // Keys and values of one head lie in one buffer, the values from a multiple of 256 bytes on.
+    if (Math.ceil(count * qkNopeHeadDim / 64) * 256 + count * vHeadDim * 4 > limit) return false;
     return ([[inputs.keyValue, kvLoraRank], [inputs.bK, qkRopeHeadDim]] as const).every(([tensor, width]) => {
       if (tensor === undefined || width === 0) return true;
       // Uploads are counted as float32, which halves may have to become.

@@ -2,16 +2,24 @@
 
 import { FlashMLAError } from "../op/errors.ts";
 import { halfBits, toFloats, writeFloats } from "../op/half.ts";
-import { type MlaProblem, outputShape } from "../op/mla_problem.ts";
+import { lseShape, type MlaProblem, outputShape } from "../op/mla_problem.ts";
 import { elementBytes, elementCount, type F16Tensor, type Tensor } from "../op/tensor.ts";
-import type { Binding, Dispatch, Operand } from "./attention_plan.ts";
-import type { CompiledPlan, KernelName } from "./compiled_plan.ts";
+import type { CompiledPlan } from "./compiled_plan.ts";
 import { type GpuContext, unlessLost } from "./device.ts";
+import type { Binding, Dispatch, Operand } from "./dispatch_plan.ts";
 import { foreignBuffer, inErrorScopes } from "./error_scopes.ts";
 import type { StorageType } from "./operand_layout.ts";
 import type { ResidentCall } from "./resident_call.ts";
 import { settled } from "./settled.ts";
 import { timeOnGpu } from "./timing.ts";
+
+/** A buffer that is read back when the call has run. */
+interface Readback {
+  readonly buffer: GPUBuffer;
+  readonly bytes: number;
+  /** Takes the bytes, which are gone afterwards. */
+  take(bytes: ArrayBuffer): void;
+}
 
 interface BoundDispatch extends Dispatch {
   readonly pipeline: GPUComputePipeline;
@@ -101,17 +109,38 @@ export class PreparedAttention {
    *
    * @param target The tensor, of either element type.
    * @param start First element to write.
+   * @param takeLse Takes the log-sum-exp, `[batch, queryHeads, queryLength]`, if the plan has one.
    */
-  async outputInto(target: Tensor | F16Tensor, start: number): Promise<void> {
-    const { device, buffers } = this.#context;
+  async outputInto(
+    target: Tensor | F16Tensor,
+    start: number,
+    takeLse?: (lse: Float32Array) => void,
+  ): Promise<void> {
     const { plan } = this.#compiled;
-    const stored = plan.layouts.output!.dtype;
+    const stored = plan.layouts.output!.dtype as StorageType;
     const rowLength = this.#problem.queryHeads * this.#problem.vHeadDim;
-    const readbacks = plan.queryRanges.map((range) => {
+    const rows = plan.queryRanges.map((range, i): Readback => {
       const elements = (range.end - range.start) * rowLength;
-      // Copies are whole words: the half behind an odd number of them is padding.
-      const bytes = Math.ceil(elements * elementBytes(stored) / 4) * 4;
-      return { first: start + range.start * rowLength, elements, bytes, buffer: buffers.acquire("readback", bytes) };
+      return {
+        buffer: this.#call.get("output", i)!,
+        bytes: elements * elementBytes(stored),
+        take: (bytes) => writeStored(target, start + range.start * rowLength, bytes, elements, stored),
+      };
+    });
+    const lse: Readback[] = takeLse === undefined ? [] : [{
+      buffer: this.#call.get("lse", 0)!,
+      bytes: elementCount(lseShape(this.#problem)) * 4,
+      take: (bytes) => takeLse(new Float32Array(bytes, 0, elementCount(lseShape(this.#problem)))),
+    }];
+    await this.#runAndRead([...rows, ...lse]);
+  }
+
+  async #runAndRead(reads: readonly Readback[]): Promise<void> {
+    const { device, buffers } = this.#context;
+    // Copies are whole words: the half behind an odd number of them is padding.
+    const readbacks = reads.filter(({ bytes }) => bytes > 0).map((read) => {
+      const bytes = Math.ceil(read.bytes / 4) * 4;
+      return { ...read, bytes, mapped: buffers.acquire("readback", bytes) };
     });
     try {
       await unlessLost(this.#context, async () => {
@@ -119,26 +148,24 @@ export class PreparedAttention {
           this.#call.checkAlive();
           const encoder = device.createCommandEncoder({ label: "flash-mla attention" });
           this.encode(encoder);
-          readbacks.forEach(({ bytes, buffer }, i) =>
-            encoder.copyBufferToBuffer(this.#call.get("output", i)!, 0, buffer, 0, bytes)
-          );
+          for (const { buffer, mapped, bytes } of readbacks) encoder.copyBufferToBuffer(buffer, 0, mapped, 0, bytes);
           device.queue.submit([encoder.finish()]);
         });
-        for (const { first, elements, bytes, buffer } of readbacks) {
-          await settled(device, buffer.mapAsync(1, 0, bytes));
+        for (const { mapped, bytes, take } of readbacks) {
+          await settled(device, mapped.mapAsync(1, 0, bytes));
           try {
-            writeStored(target, first, buffer.getMappedRange(0, bytes), elements, stored);
+            take(mapped.getMappedRange(0, bytes));
           } finally {
-            buffer.unmap();
+            mapped.unmap();
           }
         }
       });
     } catch (error) {
       // One may be mapped or waiting for it: nobody may get it from the pool.
-      for (const { buffer } of readbacks.splice(0)) buffers.discard(buffer);
+      for (const { mapped } of readbacks.splice(0)) buffers.discard(mapped);
       throw error;
     }
-    for (const { buffer } of readbacks) buffers.release("readback", buffer);
+    for (const { mapped } of readbacks) buffers.release("readback", mapped);
   }
 
   /**
@@ -148,7 +175,7 @@ export class PreparedAttention {
    * @param only The kernels to run; all of them when absent.
    * @returns Milliseconds for all repeats together.
    */
-  async time(repeats: number, only?: readonly KernelName[]): Promise<number> {
+  async time(repeats: number, only?: readonly string[]): Promise<number> {
     return await unlessLost(
       this.#context,
       () =>
@@ -163,7 +190,7 @@ export class PreparedAttention {
   /** Records the call's dispatches as one compute pass. */
   encode(
     encoder: GPUCommandEncoder,
-    options: { only?: readonly KernelName[]; timestampWrites?: GPUComputePassTimestampWrites } = {},
+    options: { only?: readonly string[]; timestampWrites?: GPUComputePassTimestampWrites } = {},
   ): void {
     const { only, timestampWrites } = options;
     const pass = encoder.beginComputePass({ label: "flash-mla", timestampWrites });
@@ -205,7 +232,7 @@ function writeStored(
 function bindDispatches(context: GpuContext, compiled: CompiledPlan, call: ResidentCall): BoundDispatch[] {
   const buffer = (operand: Operand, range: number): GPUBuffer => {
     if (operand === "params") return compiled.params;
-    return operand === "blocks" ? compiled.blocks[range] : call.get(operand, range)!;
+    return operand === "blocks" ? compiled.schedules[operand]![range] : call.get(operand, range)!;
   };
   return compiled.plan.dispatches.map((dispatch) => {
     const pipeline = compiled.pipelines[dispatch.kernel];

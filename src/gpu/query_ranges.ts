@@ -3,7 +3,14 @@
 import type { MlaProblem } from "../op/mla_problem.ts";
 import type { GpuLimits } from "./capabilities.ts";
 import { limitError } from "./limit_checks.ts";
-import { batchGap, type OperandLayout, type OperandLayouts, rowWindow, windowSlack } from "./operand_layout.ts";
+import {
+  batchGap,
+  type OperandLayout,
+  type OperandLayouts,
+  rowWindow,
+  termWindow,
+  windowSlack,
+} from "./operand_layout.ts";
 import type { RowRange } from "./schedule.ts";
 
 /** Elements from the first to one past the last of a row of queries or outputs, all heads included. */
@@ -23,7 +30,14 @@ export function splitQueries(problem: MlaProblem, layouts: OperandLayouts, limit
     ...(problem.rope === "shared" ? [{ layout: bQ, width: qkRopeHeadDim }] : []),
   ];
   const limit = limits.maxStorageBufferBindingSize;
+  const term = layouts.bias ?? layouts.attentionMask;
+  const heads = { start: 0, end: problem.queryHeads };
+  // A bias or mask too large for one binding is bound for one batch item and as few heads as it takes.
+  const wholeTerm = term === undefined ||
+    termWindow(term, problem, { start: 0, end: batch * queryLength }, heads).size <= limit;
+  const oneHead = { start: 0, end: 1 };
   const fits = (count: number) =>
+    (wholeTerm || termWindow(term, problem, { start: 0, end: count }, oneHead).size + windowSlack <= limit) &&
     split.every(({ layout, width }) => {
       // A later range may begin within its window.
       const slack = layout.resident && count < batch * queryLength ? windowSlack : 0;
@@ -31,14 +45,21 @@ export function splitQueries(problem: MlaProblem, layouts: OperandLayouts, limit
     });
   // The largest power-of-two share of a batch item that fits; without gaps, rows of several items make one range.
   const rows = batch * queryLength;
-  if (fits(rows)) return [{ start: 0, end: rows }];
-  const whole = split.every(({ layout }) => batchGap(layout, queryLength) === 0) ? rows : queryLength;
+  if (fits(rows) && wholeTerm) return [{ start: 0, end: rows }];
+  const gapless = wholeTerm && split.every(({ layout }) => batchGap(layout, queryLength) === 0);
+  const whole = gapless ? rows : queryLength;
   let perRange = whole;
   while (perRange > 1 && !fits(perRange)) perRange = Math.ceil(perRange / 2);
   if (!fits(perRange)) {
-    const [bytes] = split.map(({ layout, width }) => rowWindow(layout, queryLength, 0, 1, width).size)
-      .sort((a, b) => b - a);
-    throw limitError(`one row of query or output needs ${bytes} bytes`, "maxStorageBufferBindingSize", limits);
+    const [bytes] = [
+      ...split.map(({ layout, width }) => rowWindow(layout, queryLength, 0, 1, width).size),
+      ...(term === undefined ? [] : [termWindow(term, problem, { start: 0, end: 1 }, oneHead).size]),
+    ].sort((a, b) => b - a);
+    throw limitError(
+      `one row of query, output, bias or mask needs ${bytes} bytes`,
+      "maxStorageBufferBindingSize",
+      limits,
+    );
   }
   return Array.from({ length: rows / whole }, (_, item) => item * whole).flatMap((start) =>
     chunks(whole, perRange).map(([first, length]) => ({ start: start + first, end: start + first + length }))

@@ -5,16 +5,18 @@ import { FlashMLAError } from "../op/errors.ts";
 import { halfBits, toFloats } from "../op/half.ts";
 import { type MlaInputs, type MlaProblem, tensorNames } from "../op/mla_problem.ts";
 import {
+  type AnyMask,
   type AnyTensor,
   denseStrides,
   dtypeOf,
   elementCount,
   type GpuTensor,
   type HostTensor,
+  isGpuMask,
   isGpuTensor,
 } from "../op/tensor.ts";
-import type { AttentionPlan, Operand } from "./attention_plan.ts";
 import { type GpuContext, unlessLost } from "./device.ts";
+import type { DispatchPlan, Operand, ScratchName } from "./dispatch_plan.ts";
 import { type Scratch, scratchFor } from "./encoder_scratch.ts";
 import { inErrorScopes } from "./error_scopes.ts";
 import { type HalfCopy, halfCopy, halfPipeline } from "./half_copy.ts";
@@ -27,6 +29,8 @@ export interface CallTensors {
   readonly inputs: MlaInputs;
   /** What takes the result on the GPU; memory of ours when absent. */
   readonly out?: GpuTensor;
+  /** What takes the log-sum-exp on the GPU; memory of ours when absent, if the plan has one. */
+  readonly lse?: GpuTensor;
 }
 
 /** The kernels for tensors of halves on a device without half precision. */
@@ -42,17 +46,18 @@ export class ResidentCall {
   readonly #buffers = new Map<Operand, GPUBuffer[]>();
   readonly #borrowed: GPUBuffer[] = [];
   readonly #scratch: Scratch;
-  readonly #tensors: readonly (readonly [name: string, tensor: AnyTensor])[];
+  readonly #tensors: readonly (readonly [name: string, tensor: AnyTensor | AnyMask])[];
   readonly #before: HalfCopy[] = [];
   readonly #after: HalfCopy[] = [];
 
   private constructor(context: GpuContext, tensors: CallTensors, copyKernels: CopyKernels, scratch: Scratch) {
     this.#context = context;
-    const { inputs, out } = tensors;
-    this.#tensors = [
-      ...tensorNames.flatMap((name) => inputs[name] === undefined ? [] : [[name, inputs[name]] as const]),
-      ...(out === undefined ? [] : [["out", out] as const]),
+    const { inputs, out, lse } = tensors;
+    const named: (readonly [string, AnyTensor | AnyMask | undefined])[] = [
+      ...[...tensorNames, "attentionMask" as const].map((name) => [name, inputs[name]] as const),
+      ...[["out", out], ["lse", lse]] as const,
     ];
+    this.#tensors = named.filter((entry): entry is [string, AnyTensor | AnyMask] => entry[1] !== undefined);
     this.#scratch = scratch;
     this.#copyKernels = copyKernels;
   }
@@ -70,7 +75,7 @@ export class ResidentCall {
     context: GpuContext,
     problem: MlaProblem,
     tensors: CallTensors,
-    plan: AttentionPlan,
+    plan: DispatchPlan,
     encoder?: GPUCommandEncoder,
   ): Promise<ResidentCall> {
     const kernels = await copyKernels(context, tensors, plan);
@@ -104,7 +109,7 @@ export class ResidentCall {
    */
   checkAlive(): void {
     for (const [name, tensor] of this.#tensors) {
-      if (!isGpuTensor(tensor) || tensor.disposed !== true) continue;
+      if (!("buffer" in tensor) || tensor.disposed !== true) continue;
       const why = `${name} was disposed of while the call was under way; await the call first`;
       throw new FlashMLAError("invalid-input", `Cannot run MLA: ${why}`);
     }
@@ -128,18 +133,37 @@ export class ResidentCall {
     this.#buffers.clear();
   }
 
-  #fill(problem: MlaProblem, { inputs, out }: CallTensors, plan: AttentionPlan): void {
-    const { keyValue, wKc, wVc, bK, query, bQ } = inputs;
-    const { layouts, queryRanges } = plan;
-    this.#put("keys", this.#scratch.lend("keys", plan.keysBytes));
-    this.#put("values", this.#scratch.lend("values", plan.valuesBytes));
-    for (const [name, tensor] of present({ keyValue, wKc, wVc, bK })) {
-      this.#bring(name, tensor, layouts[name]!.dtype, { start: 0, end: tensor.shape[0] * tensor.shape[1] });
+  #fill(problem: MlaProblem, { inputs, out, lse }: CallTensors, plan: DispatchPlan): void {
+    const { keyValue, wKc, wVc, bK, query, bQ, bias, softmaxAux, attentionMask } = inputs;
+    const { layouts, queryRanges, scratch } = plan;
+    const stored = (name: LaidOut) => layouts[name]!.dtype as StorageType;
+    for (const [name, bytes] of Object.entries(scratch)) {
+      this.#put(name as ScratchName, this.#scratch.lend(name as ScratchName, bytes));
+    }
+    for (const [name, tensor] of present({ keyValue, wKc, wVc, bK, bias, softmaxAux })) {
+      // Sinks have one or two axes: a row a head.
+      const rows = tensor.shape.length < 3 ? tensor.shape[0] : tensor.shape[0] * tensor.shape[1];
+      this.#bring(name, tensor, stored(name), { start: 0, end: rows });
     }
     for (const [name, tensor] of present({ query, bQ })) {
-      for (const range of queryRanges) this.#bring(name, tensor, layouts[name]!.dtype, range);
+      for (const range of queryRanges) this.#bring(name, tensor, stored(name), range);
     }
-    for (const range of queryRanges) this.#takeResult(problem, range, layouts.output!.dtype, out);
+    if (attentionMask !== undefined) this.#put("attentionMask", this.#mask(attentionMask));
+    for (const range of queryRanges) this.#takeResult(problem, range, stored("output"), out);
+    if (layouts.lse !== undefined) {
+      const { batch, queryHeads, queryLength } = problem;
+      this.#put("lse", lse?.buffer ?? this.#borrow(batch * queryHeads * queryLength * 4));
+    }
+  }
+
+  /** A mask's bytes on the GPU, padded to whole words. */
+  #mask(mask: AnyMask): GPUBuffer {
+    if (isGpuMask(mask)) return mask.buffer;
+    const words = new Uint8Array(Math.max(emptyBinding, Math.ceil(mask.data.length / 4) * 4));
+    words.set(mask.data);
+    const buffer = this.#borrow(words.byteLength);
+    this.#context.device.queue.writeBuffer(buffer, 0, words);
+    return buffer;
   }
 
   /** Makes rows of an input available to the kernels, stored as they expect. */
@@ -148,9 +172,10 @@ export class ResidentCall {
     if (elementCount(tensor.shape) === 0) return this.#put(name, this.#borrow(emptyBinding));
     if (!isGpuTensor(tensor)) return this.#put(name, this.#upload(tensor, stored, rows));
     if (dtypeOf(tensor) === stored) return this.#put(name, tensor.buffer);
-    const floats = this.#borrow((rows.end - rows.start) * denseStrides(tensor.shape)[1] * 4);
+    const halves = tensor.shape.length < 3 ? inRows(tensor) : tensor;
+    const floats = this.#borrow((rows.end - rows.start) * denseStrides(halves.shape)[1] * 4);
     this.#put(name, floats);
-    this.#before.push(halfCopy(this.#context, this.#copyKernels.unpack!, tensor, rows, floats));
+    this.#before.push(halfCopy(this.#context, this.#copyKernels.unpack!, halves, rows, floats));
   }
 
   #takeResult(problem: MlaProblem, rows: RowRange, stored: StorageType, out?: GpuTensor): void {
@@ -174,7 +199,7 @@ export class ResidentCall {
   }
 
   #upload(tensor: HostTensor, stored: StorageType, rows: RowRange): GPUBuffer {
-    const rowLength = denseStrides(tensor.shape)[1];
+    const rowLength = tensor.shape.length < 3 ? denseStrides([...tensor.shape, 1])[0] : denseStrides(tensor.shape)[1];
     const cut = { ...tensor, data: subarray(tensor, rows.start * rowLength, rows.end * rowLength) } as HostTensor;
     const source = uploadable(stored === "f16" ? halfBits(cut.data as Uint16Array) : toFloats(cut).data);
     const buffer = this.#borrow(source.byteLength);
@@ -183,10 +208,17 @@ export class ResidentCall {
   }
 }
 
+/** A tensor of one or two axes as rows of one batch item. */
+function inRows(tensor: GpuTensor): GpuTensor {
+  const { shape: [rows, columns = 1], strides = denseStrides(tensor.shape) } = tensor;
+  const { buffer, dtype, offset } = tensor;
+  return { buffer, dtype, offset, shape: [1, rows, columns], strides: [0, strides[0], 1] };
+}
+
 async function copyKernels(
   context: GpuContext,
   { inputs, out }: CallTensors,
-  { layouts }: AttentionPlan,
+  { layouts }: DispatchPlan,
 ): Promise<CopyKernels> {
   const differs = (name: LaidOut, tensor?: AnyTensor) =>
     tensor !== undefined && isGpuTensor(tensor) && tensor.dtype !== layouts[name]!.dtype;

@@ -6,16 +6,24 @@ import { FlashMLAError } from "../op/errors.ts";
 import { toFloats, writeFloats, zeros } from "../op/half.ts";
 import type { EncodedCall, MlaImplementation, MlaTarget, MlaTrial } from "../op/implementation.ts";
 import type { MlaEvent } from "../op/mla_event.ts";
-import { type MlaInputs, type MlaProblem, outputShape, tensorNames } from "../op/mla_problem.ts";
-import { type Piece, pieces } from "../op/pieces.ts";
-import { type AnyTensor, dtypeOf, type F16Tensor, type GpuTensor, isGpuTensor, type Tensor } from "../op/tensor.ts";
+import { lseShape, type MlaInputs, type MlaProblem, outputShape, tensorNames } from "../op/mla_problem.ts";
+import { type Piece, pieces, type ResultTensors } from "../op/pieces.ts";
+import {
+  type AnyTensor,
+  dtypeOf,
+  type F16Tensor,
+  type GpuTensor,
+  isGpuTensor,
+  type OwnedGpuTensor,
+  type Tensor,
+} from "../op/tensor.ts";
 import { candidateConfigs } from "./attention_configs.ts";
 import { attentionPlan, whyInvalid } from "./attention_plan.ts";
 import { deviceFingerprint } from "./capabilities.ts";
 import { planCache } from "./compiled_plan.ts";
 import { type GpuContext, gpuContext, hasAdapter } from "./device.ts";
 import { allocated } from "./gpu_tensor.ts";
-import { type OperandLayouts, operandLayouts, type StorageType } from "./operand_layout.ts";
+import { type OperandLayouts, operandLayouts, type ResultPlaces, type StorageType } from "./operand_layout.ts";
 import { mostKeyRows } from "./key_rows.ts";
 import { PreparedAttention } from "./prepared_attention.ts";
 import { ResidentCall } from "./resident_call.ts";
@@ -76,24 +84,47 @@ class WebGpuTarget implements MlaTarget {
   }
 
   async run(problem: MlaProblem, inputs: MlaInputs, cfg: FlashMLAConfig, out?: AnyTensor): Promise<AnyTensor> {
+    return (await this.#run(problem, inputs, cfg, out, false)).output;
+  }
+
+  async runWithLse(
+    problem: MlaProblem,
+    inputs: MlaInputs,
+    cfg: FlashMLAConfig,
+    out?: AnyTensor,
+  ): Promise<{ output: AnyTensor; lse: AnyTensor }> {
+    const { output, lse } = await this.#run(problem, inputs, cfg, out, true);
+    return { output, lse: lse! };
+  }
+
+  async #run(
+    problem: MlaProblem,
+    inputs: MlaInputs,
+    cfg: FlashMLAConfig,
+    out: AnyTensor | undefined,
+    withLse: boolean,
+  ): Promise<{ output: AnyTensor; lse?: AnyTensor }> {
     const dtype = resultType(inputs, out);
     if (isGpuTensor(out ?? inputs.query)) {
-      return await this.#onGpu(problem, inputs, cfg, out as GpuTensor | undefined, async ({ prepared, dispose }) => {
+      const given = out as GpuTensor | undefined;
+      return await this.#onGpu(problem, inputs, cfg, { out: given, withLse }, async ({ prepared, dispose }) => {
         await prepared.submit().finally(dispose);
       });
     }
     const shape = outputShape(problem);
     const result = out as Tensor | F16Tensor | undefined ?? zeros(shape, dtype);
-    const parts = this.#plannedPieces(problem, inputs, cfg, dtype);
+    const lse = withLse ? zeros(lseShape(problem), "f32") as Tensor : undefined;
+    const parts = this.#plannedPieces(problem, inputs, cfg, { out: dtype, lse: withLse });
     // Pieces read the inputs one after another: a result in memory of theirs is written when all have been read.
     const apart = parts.length > 1 && sharesMemory(inputs, result);
     const target = apart ? zeros(shape, dtype) : result;
     for (const part of parts) {
-      const { prepared, dispose } = await this.#prepare(part, cfg, dtype);
-      await prepared.outputInto(target, part.queryRow * shape[2] * shape[3]).finally(dispose);
+      const { prepared, dispose } = await this.#prepare(part, cfg, { out: dtype, lse: withLse });
+      const take = lse && ((rows: Float32Array) => writeLse(lse, rows, problem, part));
+      await prepared.outputInto(target, part.queryRow * shape[2] * shape[3], take).finally(dispose);
     }
     if (apart) writeFloats(result, toFloats(target).data);
-    return result;
+    return { output: result, lse };
   }
 
   async encode(
@@ -106,7 +137,7 @@ class WebGpuTarget implements MlaTarget {
     const held: Prepared[] = [];
     const dispose = () => held.splice(0).forEach((ready) => ready.dispose());
     try {
-      const output = await this.#onGpu(problem, inputs, cfg, out, async (ready) => {
+      const { output } = await this.#onGpu(problem, inputs, cfg, { out, withLse: false }, async (ready) => {
         held.push(ready);
         await ready.prepared.record(encoder);
       }, encoder);
@@ -121,7 +152,7 @@ class WebGpuTarget implements MlaTarget {
   async trial(problem: MlaProblem, inputs: MlaInputs, cfg: FlashMLAConfig): Promise<MlaTrial> {
     const [piece] = this.#pieces(problem, inputs);
     const timing = await timingMethod(this.#context);
-    const { prepared, dispose } = await this.#prepare(piece, cfg, resultType(inputs), { sharer: inputs });
+    const { prepared, dispose } = await this.#prepare(piece, cfg, { out: resultType(inputs) }, { sharer: inputs });
     return {
       timingMethod: timing,
       output: () => prepared.output(),
@@ -134,28 +165,36 @@ class WebGpuTarget implements MlaTarget {
     return clockProbe(this.#context);
   }
 
-  /** Does work on every piece of a call whose result stays on the GPU, and gives the result. */
+  /** Does work on every piece of a call whose results stay on the GPU, and gives the results. */
   async #onGpu(
     problem: MlaProblem,
     inputs: MlaInputs,
     cfg: FlashMLAConfig,
-    out: GpuTensor | undefined,
+    { out, withLse }: { readonly out?: GpuTensor; readonly withLse: boolean },
     work: (piece: Prepared) => Promise<void>,
     encoder?: GPUCommandEncoder,
-  ): Promise<GpuTensor> {
+  ): Promise<{ output: GpuTensor; lse?: GpuTensor }> {
     if (out !== undefined) checkBuffers(inputs, out);
     const dtype = resultType(inputs, out);
     // Limits are told before memory is taken.
-    const planned = this.#plannedPieces(problem, inputs, cfg, dtype, out);
-    const own = out === undefined ? await allocated(this.#context, outputShape(problem), dtype) : null;
-    const result = out ?? own!;
+    const planned = this.#plannedPieces(problem, inputs, cfg, { out: dtype, lse: withLse }, { out });
+    const own: OwnedGpuTensor[] = [];
+    const allocate = async (shape: readonly number[], type: StorageType) => {
+      const tensor = await allocated(this.#context, shape, type);
+      own.push(tensor);
+      return tensor;
+    };
     try {
-      for (const part of own === null ? planned : this.#pieces(problem, inputs, own)) {
-        await work(await this.#prepare(part, cfg, part.out as GpuTensor, { encoder }));
+      const output = out ?? await allocate(outputShape(problem), dtype);
+      const lse = withLse ? await allocate(lseShape(problem), "f32") : undefined;
+      const parts = own.length === 0 ? planned : this.#pieces(problem, inputs, { out: output, lse });
+      for (const part of parts) {
+        const places = { out: part.out as GpuTensor, lse: part.lse as GpuTensor | undefined };
+        await work(await this.#prepare(part, cfg, places, { encoder }));
       }
-      return result;
+      return { output, lse };
     } catch (error) {
-      own?.dispose();
+      for (const tensor of own) tensor.dispose();
       throw error;
     }
   }
@@ -165,47 +204,47 @@ class WebGpuTarget implements MlaTarget {
     problem: MlaProblem,
     inputs: MlaInputs,
     cfg: FlashMLAConfig,
-    dtype: StorageType,
-    out?: GpuTensor,
+    places: ResultPlaces,
+    results: ResultTensors = {},
   ): Piece[] {
     const { capabilities } = this.#context;
-    const parts = this.#pieces(problem, inputs, out);
+    const parts = this.#pieces(problem, inputs, results);
     if (parts.length > 1) {
       for (const part of parts) {
-        const place = part.out as GpuTensor | undefined ?? dtype;
+        const place = { ...places, ...(part.out && { out: part.out as GpuTensor }) };
         attentionPlan(part.problem, cfg, capabilities, this.#layouts(part.problem, part.inputs, place));
       }
     }
     return parts;
   }
 
-  #pieces(problem: MlaProblem, inputs: MlaInputs, out?: GpuTensor): Piece[] {
+  #pieces(problem: MlaProblem, inputs: MlaInputs, results: ResultTensors = {}): Piece[] {
     const limit = this.#context.capabilities.limits.maxStorageBufferBindingSize;
-    const parts = pieces(problem, inputs, mostKeyRows(problem, inputs, limit), out);
+    const parts = pieces(problem, inputs, mostKeyRows(problem, inputs, limit), results);
     return parts.filter(({ problem: { batch, queryLength } }) => batch * queryLength > 0);
   }
 
-  #layouts(problem: MlaProblem, inputs: MlaInputs, out: GpuTensor | StorageType): OperandLayouts {
-    return operandLayouts(problem, inputs, this.#context.capabilities.f16, out);
+  #layouts(problem: MlaProblem, inputs: MlaInputs, places: ResultPlaces): OperandLayouts {
+    return operandLayouts(problem, inputs, this.#context.capabilities.f16, places);
   }
 
   /**
    * Plans, compiles, uploads and binds one piece.
    *
-   * @param out What takes the result on the GPU, or the element type of a result in memory of ours.
+   * @param places What takes the results.
    * @param sharing The encoder that the piece is recorded into, whose calls share scratch; or the inputs of a call that is
    * being tuned, whose trials share all memory.
    */
   async #prepare(
     piece: Piece,
     cfg: FlashMLAConfig,
-    out: GpuTensor | StorageType,
+    places: ResultPlaces,
     sharing: { readonly sharer?: MlaInputs; readonly encoder?: GPUCommandEncoder } = {},
   ): Promise<Prepared> {
     const context = this.#context;
     const { problem, inputs } = piece;
-    if (!context.capabilities.f16) this.#tellConverted(inputs, out);
-    const { compiled, release } = await planCache(context).borrow(problem, cfg, this.#layouts(problem, inputs, out));
+    if (!context.capabilities.f16) this.#tellConverted(inputs, places.out);
+    const { compiled, release } = await planCache(context).borrow(problem, cfg, this.#layouts(problem, inputs, places));
     let memory: CallMemory | undefined;
     const dispose = () => {
       memory?.dispose();
@@ -213,7 +252,12 @@ class WebGpuTarget implements MlaTarget {
     };
     try {
       const { sharer, encoder } = sharing;
-      const tensors = { inputs, out: typeof out === "string" ? undefined : out };
+      const { out, lse } = places;
+      const tensors = {
+        inputs,
+        out: typeof out === "string" ? undefined : out,
+        lse: typeof lse === "object" ? lse : undefined,
+      };
       const make = () => ResidentCall.create(context, problem, tensors, compiled.plan, encoder);
       memory = sharer === undefined ? ownCall(await make()) : await sharedCall(sharer, make);
       return { prepared: await PreparedAttention.create(context, problem, compiled, memory.resident), dispose };
@@ -246,6 +290,16 @@ const told = new WeakSet<GpuContext>();
 /** The element type of a result: that of the tensor that takes it, or of the query. bfloat16 gives float32. */
 function resultType(inputs: MlaInputs, out: AnyTensor | undefined = undefined): StorageType {
   return dtypeOf(out ?? inputs.query) === "f16" ? "f16" : "f32";
+}
+
+/** Writes a piece's log-sum-exps, `[batch, queryHeads, queryLength]` of the piece, to their places in the whole. */
+function writeLse(whole: Tensor, rows: Float32Array, { queryLength }: MlaProblem, { problem, queryRow }: Piece): void {
+  const { batch, queryHeads, queryLength: length } = problem;
+  const [item, position] = [Math.floor(queryRow / queryLength), queryRow % queryLength];
+  for (let row = 0; row < batch * queryHeads; row++) {
+    const start = (item * queryHeads + row) * queryLength + position;
+    whole.data.set(rows.subarray(row * length, (row + 1) * length), start);
+  }
 }
 
 /** Whether a host tensor lies in the same memory as an input. */

@@ -9,11 +9,35 @@ const PROB_SLICES = 2u;
 const VALUE_QUADS = 8u;
 const MASKED = -3.4e38;
 const UNSEEN = -3.0e38;
+const LOG2E = 1.4426950408889634;
+const LN2 = 0.6931471805599453;
 
 struct Params {
-  scaleLog2: f32,    // softmaxScale · log2(e)
-  firstHead: u32,    // first query head of this head group
+  scaleLog2: f32,     // softmaxScale · log2(e)
+  capLog2: f32,       // logitsSoftCap · log2(e)
+  scaleOverCap: f32,  // softmaxScale / logitsSoftCap
+  keptFactor: f32,    // 1 / (1 − dropout rate)
+  minusInfinity: f32, // WGSL has no literal for it
+  softmaxScale: f32,
+  firstRow: u32,      // query row, counted through all batch items, that row 0 of this dispatch is
+  queryLength: u32,
+  keyLength: u32,
+  queryHeads: u32,    // of the whole call
+  // Bias or mask: elements from the binding's start to the first one, from one item, head and query to the next; modulo
+  // 2^32.
+  termBase: u32,
+  termItem: u32,
+  termHead: u32,
+  termRow: u32,
+  dropBelow: u32,     // dropout: bits below this are dropped
+  seed0: u32,
+  seed1: u32,
+  firstItem: u32,     // batch item and position, within the whole call, of this piece's first ones
+  firstPosition: u32,
+  firstHead: u32,    // first query head of this dispatch
+  firstKvHead: u32,  // first KV head of the head group, which keys and values begin with
   groupKvHeads: u32, // KV heads in a row of keys and values
+  valuesBase: u32,   // elements from the first key to the first value
   firstBlock: u32,   // index of the first block of this dispatch
   groupSize: u32,    // query heads per KV head
   P: u32,            // widths of a head: rebuilt from latents, rotary, value
@@ -35,40 +59,46 @@ struct Params {
   ropeQueryBase: u32,
   ropeQueryRow: u32,
   ropeQueryGap: u32,
+  // Elements from the binding's start to the first log-sum-exp, from one item and one head to the next.
+  lseBase: u32,
+  lseItem: u32,
+  lseHead: u32,
 }
 
 struct Block {
-  queryStart: u32,
-  queryEnd: u32,
-  keyStart: u32,
-  keyEnd: u32,    // one past the last key that any row sees
-  sharedEnd: u32, // one past the last key that every row sees
-  diagonal: i32,  // causal: row i sees keys below i + diagonal
-  item: u32,      // batch item
-  rangeItem: u32, // batch item, counted from that of the query range's first row
+  rowStart: u32,
+  rowEnd: u32,
+  columnStart: u32,   // first column that any row sees
+  columnEnd: u32,     // one past the last one
+  sharedStart: u32,   // every row sees the columns from here …
+  sharedEnd: u32,     // … to one before here
+  diagonalStart: i32, // row i sees columns from i + diagonalStart …
+  diagonalEnd: i32,   // … to one before i + diagonalEnd
+  item: u32,          // batch item
+  rangeItem: u32,     // batch item, counted from that of the query range's first row
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> blocks: array<Block>;
 @group(0) @binding(2) var<storage, read> query: array<vec4<f32>>;
-@group(0) @binding(3) var<storage, read> keys: array<vec4<f32>>;
-@group(0) @binding(4) var<storage, read> values: array<vec4<f32>>;
-@group(0) @binding(5) var<storage, read_write> output: array<vec4<f32>>;
-@group(0) @binding(6) var<storage, read> ropeKey: array<vec4<f32>>;
-
+@group(0) @binding(3) var<storage, read> expanded: array<vec4<f32>>; // keys, then values
+@group(0) @binding(4) var<storage, read_write> output: array<vec4<f32>>;
+@group(0) @binding(5) var<storage, read> ropeKey: array<vec4<f32>>;
 
 var<workgroup> left: array<array<array<vec4<f32>, 9>, 4>, 1>;
 var<workgroup> right: array<array<array<vec4<f32>, 9>, 4>, 1>;
 var<workgroup> probs: array<array<array<vec4<f32>, 9>, 4>, 2>;
 var<workgroup> poisoned: array<atomic<u32>, 4>; // [0] is set once a staged value row held NaN or infinity
 
+fn scoreOf(raw: vec4<f32>) -> vec4<f32> { return raw * params.scaleLog2; }
+
 fn nopeSlices() -> u32 { return (params.P + DEPTH - 1u) / DEPTH; }
 
 fn loadQuery(block: Block, head: u32, piece: u32, slice: u32) -> vec4<f32> {
-  let row = block.queryStart + piece / DEPTH_PIECES;
+  let row = block.rowStart + piece / DEPTH_PIECES;
   let within = (piece % DEPTH_PIECES) * 4u;
   let offset = params.queryBase + row * params.queryRow + block.rangeItem * params.queryGap + head * params.queryHead;
-  if (row >= block.queryEnd) { return vec4<f32>(); }
+  if (row >= block.rowEnd) { return vec4<f32>(); }
   if (slice < nopeSlices()) {
     let column = slice * DEPTH + within;
     if (column < params.P) { return query[(offset + column) / 4u]; }
@@ -83,10 +113,10 @@ fn loadKey(block: Block, kvHead: u32, keyBase: u32, piece: u32, slice: u32) -> v
   let row = keyBase + piece / DEPTH_PIECES;
   let within = (piece % DEPTH_PIECES) * 4u;
   let offset = (row * params.groupKvHeads + kvHead) * params.P;
-  if (row >= block.keyEnd) { return vec4<f32>(); }
+  if (row >= block.columnEnd) { return vec4<f32>(); }
   if (slice < nopeSlices()) {
     let column = slice * DEPTH + within;
-    if (column < params.P) { return keys[(offset + column) / 4u]; }
+    if (column < params.P) { return expanded[(offset + column) / 4u]; }
   } else {
     let column = (slice - nopeSlices()) * DEPTH + within;
     let ropeOffset = params.ropeKeyBase + row * params.ropeKeyRow + block.item * params.ropeKeyGap;
@@ -104,9 +134,9 @@ fn sliceKey(group: u32, entry: u32) -> u32 {
 fn loadValue(block: Block, kvHead: u32, keyBase: u32, group: u32, piece: u32, slice: u32) -> vec4<f32> {
   let row = keyBase + sliceKey(group, slice * DEPTH + piece / VALUE_QUADS);
   let column = (piece % VALUE_QUADS) * 4u;
-  let offset = (row * params.groupKvHeads + kvHead) * params.V;
-  if (row >= block.keyEnd || column >= params.V) { return vec4<f32>(); }
-  return values[(offset + column) / 4u];
+  let offset = params.valuesBase + (row * params.groupKvHeads + kvHead) * params.V;
+  if (row >= block.columnEnd || column >= params.V) { return vec4<f32>(); }
+  return expanded[(offset + column) / 4u];
 }
 
 fn stageQuery(piece: u32, stage: u32, value: vec4<f32>) {
@@ -137,11 +167,13 @@ fn stageValue(piece: u32, stage: u32, value: vec4<f32>) {
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) t: u32) {
   let block = blocks[params.firstBlock + workgroup.y];
   let head = params.firstHead + workgroup.x;
-  let kvHead = workgroup.x / params.groupSize;
+  let kvHead = head / params.groupSize - params.firstKvHead;
   let scoreSlices = nopeSlices() + (params.R + DEPTH - 1u) / DEPTH;
   let tx = t % TX;
   let ty = t / TX;
   if (t == 0u) { atomicStore(&poisoned[0], 0u); } // many barriers before its first use
+  let origin = block.item * params.keyLength; // first key row of the batch item
+  let position = params.firstRow - block.item * params.queryLength; // of row 0 in the batch item, modulo 2^32
   var rowMax0 = vec4<f32>(MASKED);
   var rowSum0 = vec4<f32>();
   var o0_0 = vec4<f32>();
@@ -149,7 +181,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
   var o2_0 = vec4<f32>();
   var o3_0 = vec4<f32>();
 
-  for (var keyBase = block.keyStart; keyBase < block.keyEnd; keyBase += BLOCK_K) {
+  for (var keyBase = block.columnStart; keyBase < block.columnEnd; keyBase += BLOCK_K) {
     let masking = keyBase + BLOCK_K > block.sharedEnd;
 
     // Scores.
@@ -178,19 +210,20 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         workgroupBarrier();
       }
     }
-    s0_0 *= params.scaleLog2;
-    s1_0 *= params.scaleLog2;
-    s2_0 *= params.scaleLog2;
-    s3_0 *= params.scaleLog2;
+    s0_0 = scoreOf(s0_0);
+    s1_0 = scoreOf(s1_0);
+    s2_0 = scoreOf(s2_0);
+    s3_0 = scoreOf(s3_0);
     if (masking) {
-      let end0 = min(vec4<u32>(max(vec4<i32>(i32(block.queryStart + 4u * (ty + 0u))) + vec4<i32>(0, 1, 2, 3) + block.diagonal, vec4<i32>())), vec4<u32>(block.keyEnd));
-      let key0 = vec4<u32>(keyBase + 4u * (tx + 0u) + 0u);
+      let row0 = vec4<i32>(i32(block.rowStart + 4u * (ty + 0u))) + vec4<i32>(0, 1, 2, 3);
+      let end0 = min(row0 + block.diagonalEnd, vec4<i32>(i32(block.columnEnd)));
+      let key0 = vec4<i32>(i32(keyBase + 4u * (tx + 0u) + 0u));
       s0_0 = select(vec4<f32>(MASKED), s0_0, key0 < end0);
-      let key1 = vec4<u32>(keyBase + 4u * (tx + 0u) + 1u);
+      let key1 = vec4<i32>(i32(keyBase + 4u * (tx + 0u) + 1u));
       s1_0 = select(vec4<f32>(MASKED), s1_0, key1 < end0);
-      let key2 = vec4<u32>(keyBase + 4u * (tx + 0u) + 2u);
+      let key2 = vec4<i32>(i32(keyBase + 4u * (tx + 0u) + 2u));
       s2_0 = select(vec4<f32>(MASKED), s2_0, key2 < end0);
-      let key3 = vec4<u32>(keyBase + 4u * (tx + 0u) + 3u);
+      let key3 = vec4<i32>(i32(keyBase + 4u * (tx + 0u) + 3u));
       s3_0 = select(vec4<f32>(MASKED), s3_0, key3 < end0);
     }
 
@@ -224,6 +257,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     rowSum0 += s2_0;
     s3_0 = select(exp2(s3_0 - newMax0), vec4<f32>(), s3_0 <= vec4<f32>(UNSEEN));
     rowSum0 += s3_0;
+
     o0_0 *= decay0[0];
     o1_0 *= decay0[1];
     o2_0 *= decay0[2];
@@ -277,7 +311,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     }
   }
 
-  // Row sums over the invocations of a row.
+  // Row sums over the invocations of a row. A row that sees no key has none; a NaN sum is not 0 and must reach the output.
   probs[tx / DEPTH][tx % DEPTH][ty + 0u] = rowSum0;
   workgroupBarrier();
   var total0 = vec4<f32>();
@@ -289,46 +323,49 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
   total0 += probs[1][1][ty + 0u];
   total0 += probs[1][2][ty + 0u];
   total0 += probs[1][3][ty + 0u];
+  let top0 = rowMax0;
+  let share0 = select(1.0 / total0, vec4<f32>(), total0 == vec4<f32>());
+
   {
-    let row = block.queryStart + 4u * (ty + 0u) + 0u;
-    if (row < block.queryEnd) {
+    let row = block.rowStart + 4u * (ty + 0u) + 0u;
+    if (row < block.rowEnd) {
       let offset = params.outputBase + row * params.outputRow + block.rangeItem * params.outputGap + head * params.outputHead;
       {
         let column = 4u * (tx + 0u);
-        let result = select(o0_0 / total0[0], vec4<f32>(), total0[0] == 0.0);
+        let result = select(o0_0 * share0[0], vec4<f32>(), share0[0] == 0.0);
         if (column < params.V) { output[(offset + column) / 4u] = result; }
       }
     }
   }
   {
-    let row = block.queryStart + 4u * (ty + 0u) + 1u;
-    if (row < block.queryEnd) {
+    let row = block.rowStart + 4u * (ty + 0u) + 1u;
+    if (row < block.rowEnd) {
       let offset = params.outputBase + row * params.outputRow + block.rangeItem * params.outputGap + head * params.outputHead;
       {
         let column = 4u * (tx + 0u);
-        let result = select(o1_0 / total0[1], vec4<f32>(), total0[1] == 0.0);
+        let result = select(o1_0 * share0[1], vec4<f32>(), share0[1] == 0.0);
         if (column < params.V) { output[(offset + column) / 4u] = result; }
       }
     }
   }
   {
-    let row = block.queryStart + 4u * (ty + 0u) + 2u;
-    if (row < block.queryEnd) {
+    let row = block.rowStart + 4u * (ty + 0u) + 2u;
+    if (row < block.rowEnd) {
       let offset = params.outputBase + row * params.outputRow + block.rangeItem * params.outputGap + head * params.outputHead;
       {
         let column = 4u * (tx + 0u);
-        let result = select(o2_0 / total0[2], vec4<f32>(), total0[2] == 0.0);
+        let result = select(o2_0 * share0[2], vec4<f32>(), share0[2] == 0.0);
         if (column < params.V) { output[(offset + column) / 4u] = result; }
       }
     }
   }
   {
-    let row = block.queryStart + 4u * (ty + 0u) + 3u;
-    if (row < block.queryEnd) {
+    let row = block.rowStart + 4u * (ty + 0u) + 3u;
+    if (row < block.rowEnd) {
       let offset = params.outputBase + row * params.outputRow + block.rangeItem * params.outputGap + head * params.outputHead;
       {
         let column = 4u * (tx + 0u);
-        let result = select(o3_0 / total0[3], vec4<f32>(), total0[3] == 0.0);
+        let result = select(o3_0 * share0[3], vec4<f32>(), share0[3] == 0.0);
         if (column < params.V) { output[(offset + column) / 4u] = result; }
       }
     }

@@ -409,7 +409,7 @@ ${
   }
 ${
     !shape.lse ? "" : `  if (tx == 0u) {
-    let lseRow = (block.item * params.queryHeads + head) * params.queryLength + position;
+    let lseRow = params.lseBase + block.item * params.lseItem + head * params.lseHead + position;
 ${
       unroll(rowQuads, (r) => {
         const value =

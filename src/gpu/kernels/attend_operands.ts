@@ -82,6 +82,10 @@ ${scoreWordFields}
   ropeQueryBase: u32,
   ropeQueryRow: u32,
   ropeQueryGap: u32,
+  // Elements from the binding's start to the first log-sum-exp, from one item and one head to the next.
+  lseBase: u32,
+  lseItem: u32,
+  lseHead: u32,
 }
 `;
 
