@@ -260,11 +260,14 @@ ${outerByRows(prefix, names("a", rowQuads), names("b", ownColumns / 4))}`,
       `${unroll(rowQuads, (r) => `let a${r} = probs[slice][${d}][${rowQuad(r)}];`)}
 ${unroll(quads, (c) => `let b${c} = right[${stage}][${d}][${columnQuad(c)}];`)}`;
     const publish = (g: number) =>
-      unroll(probColumns, (j) =>
-        unroll(rowQuads, (r) =>
-          `probs[(tx * ${probColumns}u + ${j}u) / DEPTH][(tx * ${probColumns}u + ${j}u) % DEPTH][${rowQuad(r)}] = ${
-            published(g * probColumns + j, r)
-          };`));
+      unroll(
+        probColumns,
+        (j) =>
+          unroll(rowQuads, (r) =>
+            `probs[(tx * ${probColumns}u + ${j}u) / DEPTH][(tx * ${probColumns}u + ${j}u) % DEPTH][${rowQuad(r)}] = ${
+              published(g * probColumns + j, r)
+            };`),
+      );
     const prologue = groups === 1 ? publish(0) : `switch group {
 ${unroll(groups, (g) => `  case ${g}u: {\n${indent(publish(g), 4)}\n  }`)}
   default: {}
@@ -331,21 +334,27 @@ ${
   const statsOf = (part: "x" | "y", body: (name: (j: number, r: number) => string) => string) => {
     if (!ownsKeys) return body((_j, r) => `${part === "x" ? "logSum" : "delta"}${r}`);
     const column = (j: number) => `let stat${j} = rowStats(columnBase + ${columnOf(j)}, columnEnd, head).${part};`;
-    return `{\n${indent(unroll(ownColumns, column), 2)}\n${
-      indent(body((j) => `vec4<f32>(stat${j})`), 2)
-    }\n}`;
+    return `{\n${indent(unroll(ownColumns, column), 2)}\n${indent(body((j) => `vec4<f32>(stat${j})`), 2)}\n}`;
   };
-  const probabilities = statsOf("x", (logSum) =>
-    everyScore("s", (s, j, r) =>
-      `${s} = select(exp2(${s} - ${logSum(j, r)}), vec4<f32>(), ${s} <= vec4<f32>(UNSEEN));`));
-  const dropped = everyScore("s", (s, j, r) =>
-    `${s} *= vec4<f32>(${
-      [0, 1, 2, 3].map((i) =>
-        `keptSign(dropKey, ${
-          positions(`block.rowStart + 4u * (${rowQuad(r)}) + ${i}u`, `columnBase + ${columnOf(j)}`)
-        })`
-      ).join(", ")
-    });`);
+  const probabilities = statsOf(
+    "x",
+    (logSum) =>
+      everyScore(
+        "s",
+        (s, j, r) => `${s} = select(exp2(${s} - ${logSum(j, r)}), vec4<f32>(), ${s} <= vec4<f32>(UNSEEN));`,
+      ),
+  );
+  const dropped = everyScore(
+    "s",
+    (s, j, r) =>
+      `${s} *= vec4<f32>(${
+        [0, 1, 2, 3].map((i) =>
+          `keptSign(dropKey, ${
+            positions(`block.rowStart + 4u * (${rowQuad(r)}) + ${i}u`, `columnBase + ${columnOf(j)}`)
+          })`
+        ).join(", ")
+      });`,
+  );
   const weight = (j: number, r: number) =>
     terms.dropout ? `select(s${j}_${r} * params.keptFactor, vec4<f32>(), s${j}_${r} < vec4<f32>())` : `s${j}_${r}`;
   const gradScores = statsOf("y", (delta) =>
@@ -428,7 +437,9 @@ ${declarations(target, shape)}
 var<workgroup> left: array<array<array<vec4<f32>, ${leftStride}>, ${depth}>, ${numStages}>;
 var<workgroup> right: array<array<array<vec4<f32>, ${rightStride}>, ${depth}>, ${numStages}>;
 ${
-    target === "bias" ? "" : `var<workgroup> probs: array<array<array<vec4<f32>, ${leftStride}>, ${depth}>, ${probSlices}>;
+    target === "bias"
+      ? ""
+      : `var<workgroup> probs: array<array<array<vec4<f32>, ${leftStride}>, ${depth}>, ${probSlices}>;
 var<workgroup> poisoned: array<atomic<u32>, 4>; // [0] is set once a staged column held NaN or infinity`
   }
 
@@ -477,7 +488,11 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
   let block = blocks[params.firstBlock + workgroup.y];
   let tx = t % TX;
   let ty = t / TX;
-${target === "bias" ? "" : "  if (t == 0u) { atomicStore(&poisoned[0], 0u); } // many barriers before its first use\n"}${
+${
+    target === "bias"
+      ? ""
+      : "  if (t == 0u) { atomicStore(&poisoned[0], 0u); } // many barriers before its first use\n"
+  }${
     target === "bias"
       ? `  let firstHead = params.firstHead + workgroup.x / params.columnTiles * params.headCount;
   let columnBase = block.columnStart + workgroup.x % params.columnTiles * COLUMNS;
@@ -512,9 +527,9 @@ ${
       let rowAt = at + (position + row) * params.gradientRow - origin;
 ${
             unroll(ownColumns, (j) =>
-              `      { let column = columnBase + ${columnOf(j)}; if (column < columnEnd) { gradient[rowAt + column] += b${j}_${
-                Math.floor(i / 4)
-              }[${i % 4}]; } }`)
+              `      { let column = columnBase + ${
+                columnOf(j)
+              }; if (column < columnEnd) { gradient[rowAt + column] += b${j}_${Math.floor(i / 4)}[${i % 4}]; } }`)
           }
     }
   }`)
@@ -528,12 +543,15 @@ ${
             ? `      let at = row * params.groupKvHeads + firstHead / params.groupSize - params.firstKvHead;
 ${
               unroll(keyQuads, (c) =>
-                `      putKey(at * params.P, params.gradientRope + at * params.R, ${columnQuad(c)}, params.softmaxScale * k${i}_${c});`)
+                `      putKey(at * params.P, params.gradientRope + at * params.R, ${
+                  columnQuad(c)
+                }, params.softmaxScale * k${i}_${c});`)
             }
 ${
               unroll(
                 valueQuads,
-                (c) => `      put(params.gradientValues + at * params.V, 4u * (${columnQuad(c)}), params.V, v${i}_${c});`,
+                (c) =>
+                  `      put(params.gradientValues + at * params.V, 4u * (${columnQuad(c)}), params.V, v${i}_${c});`,
               )
             }`
             : `      let at = params.gradientBase + row * params.gradientRow + firstHead * params.gradientHead;

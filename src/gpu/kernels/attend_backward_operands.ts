@@ -13,8 +13,7 @@ import { load4, type StorageElement } from "./storage_element.ts";
 export type GradTarget = "query" | "keys" | "bias";
 
 /** What of a call the generated WGSL depends on. */
-export interface AttendBackwardShape
-  extends Pick<MlaProblem, "rope" | "qkNopeHeadDim" | "qkRopeHeadDim" | "vHeadDim"> {
+export interface AttendBackwardShape extends Pick<MlaProblem, "rope" | "qkNopeHeadDim" | "qkRopeHeadDim" | "vHeadDim"> {
   /** Queries as they are stored. */
   readonly query: StorageElement;
   /** Rotary queries as they are stored, with rope mode `shared`. */

@@ -483,7 +483,7 @@ ${
 ${
     shape.lse
       ? `    if (block.rowStart + softRow < block.rowEnd) {
-      lse[(block.item * params.queryHeads + head) * params.queryLength + position + block.rowStart + softRow] =
+      lse[params.lseBase + block.item * params.lseItem + head * params.lseHead + position + block.rowStart + softRow] =
         select((top + log2(total)) * LN2, params.minusInfinity, total == 0.0);
     }`
       : ""

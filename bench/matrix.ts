@@ -1,0 +1,176 @@
+// The kernels on matrix units, natively: compile time, error against float64 on a few rows, milliseconds, TFLOP/s.
+//
+//   FLASH_MLA_ENGINE=dawn deno run -A bench/matrix.ts [--only=NAME] [--length=4096] [--heads=16]
+//
+// Outputs start out as NaN; each variant is checked before it is timed; the clock is probed beside every sample.
+
+import { gpuContext, openDevice } from "../src/gpu/device.ts";
+import type { MatrixAttendTile } from "../src/gpu/kernels/matrix_attend.ts";
+import type { MatrixExpandTile } from "../src/gpu/kernels/matrix_expand.ts";
+import type { MatrixBackend } from "../src/gpu/kernels/matrix_unit.ts";
+import { subgroupMatrixFeature } from "../src/gpu/request_device.ts";
+import { clockProbe } from "../src/gpu/timing.ts";
+import { toFloats } from "../src/op/half.ts";
+import { type HostInputs, mlaProblem } from "../src/op/mla_problem.ts";
+import { elementCount, type Tensor } from "../src/op/tensor.ts";
+import { MatrixCall } from "../tests/support/matrix_call.ts";
+
+const argument = (name: string, absent: string) =>
+  Deno.args.find((arg) => arg.startsWith(`--${name}=`))?.slice(name.length + 3) ?? absent;
+const only = argument("only", "");
+const S = Number(argument("length", "4096"));
+const H = Number(argument("heads", "16"));
+const [L, P, R, V] = [512, 128, 64, 128];
+
+const context = await gpuContext(await openDevice({ engine: "dawn", features: [subgroupMatrixFeature] }));
+console.log(`${context.capabilities.adapter}, ${context.capabilities.engine}, S ${S}, H ${H}`);
+console.log(JSON.stringify(context.capabilities.subgroupMatrices.filter((m) => m.resultComponentType === "f32")));
+
+let state = 7;
+/** In [0, 1): a linear congruence, whose high bits are random enough for timing and errors. */
+function uniform(): number {
+  state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
+  return state / 2 ** 32;
+}
+
+/** Sums of uniform numbers: near enough to a normal distribution, and quick; rounded to halves. */
+function draw(scale: number, ...shape: number[]): Tensor {
+  const data = new Float32Array(elementCount(shape));
+  for (let i = 0; i < data.length; i++) {
+    data[i] = Math.f16round(scale * 1.732 * (uniform() + uniform() + uniform() + uniform() - 2));
+  }
+  return { data, shape };
+}
+
+const inputs: HostInputs = {
+  query: draw(1, 1, S, H, P + R),
+  keyValue: draw(1, 1, S, L),
+  wKc: draw(1 / Math.sqrt(L), L, H, P),
+  wVc: draw(1 / Math.sqrt(L), L, H, V),
+  bK: draw(1, 1, S, R),
+};
+
+/** Attention of one row and head in double precision; keys and values are only as many as the row sees. */
+function exactRow(row: number, head: number, causal: boolean): Float64Array {
+  const { query, keyValue, wKc, wVc, bK } = inputs as Required<HostInputs>;
+  const keys = causal ? row + 1 : S;
+  const q = query.data.subarray((row * H + head) * (P + R), (row * H + head + 1) * (P + R));
+  // q · K = c · (wKc · q): the absorbed form takes 2·L operations a key.
+  const absorbed = new Float64Array(L);
+  for (let l = 0; l < L; l++) {
+    for (let p = 0; p < P; p++) absorbed[l] += q[p] * wKc.data[(l * H + head) * P + p];
+  }
+  const score = new Float64Array(keys);
+  for (let j = 0; j < keys; j++) {
+    let sum = 0;
+    for (let l = 0; l < L; l++) sum += absorbed[l] * keyValue.data[j * L + l];
+    for (let r = 0; r < R; r++) sum += q[P + r] * bK.data[j * R + r];
+    score[j] = sum / Math.sqrt(P + R);
+  }
+  const top = score.reduce((a, b) => Math.max(a, b), -Infinity);
+  const mean = new Float64Array(L);
+  let total = 0;
+  for (let j = 0; j < keys; j++) {
+    const p = Math.exp(score[j] - top);
+    total += p;
+    for (let l = 0; l < L; l++) mean[l] += p * keyValue.data[j * L + l];
+  }
+  const out = new Float64Array(V);
+  for (let l = 0; l < L; l++) {
+    for (let v = 0; v < V; v++) out[v] += mean[l] / total * wVc.data[(l * H + head) * V + v];
+  }
+  return out;
+}
+
+const checked = [[0, 0], [1, 3], [130, H - 1], [S / 2 + 17, 5], [S - 1, 0], [S - 2, H - 1]];
+const exact = new Map([true, false].map((causal) => [
+  causal,
+  checked.map(([row, head]) => exactRow(row, head, causal)),
+]));
+
+async function steady(call: MatrixCall, names: readonly string[]): Promise<void> {
+  let fastest = Infinity;
+  let calm = 0;
+  const deadline = performance.now() + 6000;
+  while (calm < 3 && performance.now() < deadline) {
+    await call.time(Math.max(1, Math.ceil(60 / await call.time(1, names))), names);
+    const probe = await clockProbe(context) ?? 0;
+    calm = probe > 0.98 * fastest ? calm + 1 : 0;
+    fastest = Math.min(fastest, probe);
+  }
+}
+
+async function measured(call: MatrixCall, names: readonly string[]): Promise<string> {
+  await steady(call, names);
+  const repeats = Math.max(1, Math.ceil(25 / await call.time(1, names)));
+  const samples: number[] = [];
+  for (let i = 0; i < 7; i++) samples.push(await call.time(repeats, names));
+  samples.sort((a, b) => a - b);
+  const probe = await clockProbe(context) ?? 0;
+  return `${samples[3].toFixed(3)} ms (spread ${((samples[6] / samples[0] - 1) * 100).toFixed(1)} %, probe ${
+    probe.toFixed(4)
+  })`;
+}
+
+interface Variant {
+  readonly name: string;
+  readonly attend: MatrixAttendTile;
+  readonly expand: MatrixExpandTile;
+  readonly backend?: MatrixBackend;
+  readonly causal?: boolean;
+}
+const attend: MatrixAttendTile = { blockQ: 128, blockK: 32, subgroups: 8, rowFragments: 2, pinned: true };
+const expand: MatrixExpandTile = { blockM: 128, blockN: 256, depth: 32, rowFragments: 4, columnFragments: 4 };
+const variants: Variant[] = [
+  { name: "causal", attend, expand },
+  {
+    name: "unpinned",
+    attend: { ...attend, pinned: false },
+    expand: { ...expand, blockN: 128, columnFragments: 4, rowFragments: 2 },
+  },
+  {
+    name: "full",
+    attend,
+    expand: { ...expand, blockM: 64, blockN: 256, rowFragments: 2, columnFragments: 4 },
+    causal: false,
+  },
+  {
+    name: "64 rows",
+    attend: { ...attend, blockQ: 64, subgroups: 4 },
+    expand: { ...expand, blockM: 128, blockN: 128, rowFragments: 4, columnFragments: 4 },
+  },
+];
+
+for (const { name, backend = "template", causal = true, ...tiles } of variants) {
+  if (!name.includes(only)) continue;
+  try {
+    const problem = mlaProblem(inputs, { causal });
+    const start = performance.now();
+    const call = await MatrixCall.create(context, problem, inputs, { ...tiles, backend, half: true });
+    const compile = performance.now() - start;
+    call.run();
+    const bits = new Uint16Array(await call.read("output"));
+    const output = toFloats({ data: bits, shape: [bits.length], dtype: "f16" }).data;
+    const nan = output.reduce((count, x) => count + (x !== x ? 1 : 0), 0);
+    let error = 0, norm = 0;
+    checked.forEach(([row, head], n) => {
+      exact.get(causal)![n].forEach((x, v) => {
+        error += (x - output[(row * H + head) * V + v]) ** 2;
+        norm += x * x;
+      });
+    });
+    const pairs = causal ? S * (S + 1) / 2 : S * S;
+    const attendMs = await measured(call, ["attend"]);
+    const expandMs = await measured(call, ["expandKeys", "expandValues", "rope"]);
+    const allMs = await measured(call, call.steps.map((step) => step.name));
+    console.log(
+      `${name}: prepared in ${compile.toFixed(0)} ms, error ${Math.sqrt(error / norm).toExponential(2)}, ${nan} NaN
+  attend ${attendMs}, ${(2 * pairs * H * (P + R + V) / parseFloat(attendMs) / 1e9).toFixed(0)} TFLOP/s
+  expand ${expandMs}, ${(2 * S * L * H * (P + V) / parseFloat(expandMs) / 1e9).toFixed(0)} TFLOP/s
+  all    ${allMs}`,
+    );
+    call.dispose();
+  } catch (error) {
+    console.log(`${name}: ${String(error).slice(0, 3000)}`);
+  }
+}
