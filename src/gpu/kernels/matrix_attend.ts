@@ -164,12 +164,15 @@ export function wgsl(tile: MatrixAttendTile, shape: MatrixAttendShape, backend: 
   const ownQuads = blockK / 4 / rowThreads;
   const masks = terms.scoreTerm !== "none";
 
-  const each = (rows: number, columns: number, emit: (row: number, column: number) => string) =>
-    unroll(rows, (r) => unroll(columns, (c) => emit(r, c)));
-  const everyScore = (emit: (name: string, row: number, key: number) => string) =>
-    each(rowFragments, ownKeyFragments, (r, k) => emit(`s${r}_${k}`, r, k));
-  const everyOutput = (emit: (name: string, row: number, column: number) => string) =>
-    each(rowFragments, ownValueFragments, (r, c) => emit(`o${r}_${c}`, r, c));
+  const queries = unit.fragments("q", "left", rowFragments, depthFragments);
+  const sums = unit.fragments("s", "result", rowFragments, ownKeyFragments);
+  const outputs = unit.fragments("o", "result", rowFragments, ownValueFragments);
+  const everyScore = (emit: (score: string, row: string, key: string) => string) =>
+    unit.over("r", rowFragments, (r) => unit.over("k", ownKeyFragments, (k) => emit(sums.at(r, k), r, k)));
+  const everyOutput = (emit: (output: string, row: string, column: string) => string) =>
+    unit.over("r", rowFragments, (r) => unit.over("c", ownValueFragments, (c) => emit(outputs.at(r, c), r, c)));
+  /** WGSL index of the row fragment r within the block. */
+  const rowFragment = (r: string) => `(rowGroup * ${rowFragments}u + ${r})`;
 
   /** Registers that hold an operand on its way. */
   const registersOf = (count: number) => Math.ceil(count / workgroupSize);
@@ -195,81 +198,61 @@ export function wgsl(tile: MatrixAttendTile, shape: MatrixAttendShape, backend: 
       unit.writeQuad(values, `(${piece}) / VALUE_QUADS * VALUE_STRIDE + (${piece}) % VALUE_QUADS`, `value${i}`),
   );
 
-  const multiplyScores = unroll(depthFragments, (d) =>
-    unroll(ownKeyFragments, (k) => {
-      const key = unit.right(
-        `k${d}_${k}`,
-        keys,
-        `(share * ${ownKeyFragments}u + ${k}u) * ${fragmentSize * keyStride}u + ${d * fragmentQuads}u`,
-        keyStride,
-        "column",
-      );
-      return `${key.code}\n${unroll(rowFragments, (r) => unit.accumulate(`s${r}_${k}`, `q${r}_${d}`, key))}`;
+  const multiplyScores = unit.over("d", depthFragments, (d) =>
+    unit.over("k", ownKeyFragments, (k) => {
+      const at = `(share * ${ownKeyFragments}u + ${k}) * ${fragmentSize * keyStride}u + ${d} * ${fragmentQuads}u`;
+      const key = unit.right("key", keys, at, keyStride, "column");
+      return `${key.code}
+${unit.over("r", rowFragments, (r) => unit.accumulate(sums.at(r, k), queries.at(r, d), key))}`;
     }));
-  const multiplyValues = unroll(keyFragments, (k) =>
-    `{
-${
-      unroll(rowFragments, (r) =>
-        `  let p${r} = ${
-          unit.loadLeft(
-            probs,
-            `((rowGroup * ${rowFragments}u + ${r}u) * ${keyFragments}u + ${k}u) * 32u`,
-            fragmentQuads,
-          )
-        };`)
-    }
-${
-      unroll(ownValueFragments, (c) => {
-        const value = unit.right(
-          `v${c}`,
-          values,
-          `${k * fragmentSize * valueStride}u + (share * ${ownValueFragments}u + ${c}u) * ${fragmentQuads}u`,
-          valueStride,
-          "row",
-        );
-        return indent(
-          `${value.code}\n${unroll(rowFragments, (r) => unit.accumulate(`o${r}_${c}`, `p${r}`, value))}`,
-          2,
-        );
+  const multiplyValues = unit.over("k", keyFragments, (k) =>
+    `${
+      unroll(rowFragments, (r) => {
+        const at = `(${rowFragment(`${r}u`)} * ${keyFragments}u + ${k}) * 32u`;
+        return `let prob${r} = ${unit.loadLeft(probs, at, fragmentQuads)};`;
       })
     }
-}`);
-  const storeScores = everyScore((s, r, k) =>
+${
+      unit.over("c", ownValueFragments, (c) => {
+        const at = `${k} * ${fragmentSize * valueStride}u + (share * ${ownValueFragments}u + ${c}) * ${fragmentQuads}u`;
+        const value = unit.right("value", values, at, valueStride, "row");
+        return `${value.code}
+${unroll(rowFragments, (r) => unit.accumulate(outputs.at(`${r}u`, c), `prob${r}`, value))}`;
+      })
+    }`);
+  const storeScores = everyScore((score, r, k) =>
     unit.storeResult(
       scores,
-      `(rowGroup * ${rowFragments}u + ${r}u) * ${
-        fragmentSize * scoreStride
-      }u + (share * ${ownKeyFragments}u + ${k}u) * 4u`,
+      `${rowFragment(r)} * ${fragmentSize * scoreStride}u + (share * ${ownKeyFragments}u + ${k}) * 4u`,
       scoreStride,
-      s,
+      score,
     )
   );
 
   /** Queries pass through the memory of keys, as many rows at a time as there are keys in a block. */
   const fragmentsPerRound = blockK / fragmentSize;
-  const loadQueries = unroll(Math.ceil(blockQ / blockK), (round) =>
+  const loadQueries = unit.over("round", Math.ceil(blockQ / blockK), (round) =>
     `workgroupBarrier();
 ${
       pieces(keyPieces, (piece) =>
         `{
-  let packed = loadQuery(block, head, ${round * blockK}u, ${piece});
+  let packed = loadQuery(block, head, ${round} * ${blockK}u, ${piece});
 ${indent(unit.writeQuad(keys, `(${piece}) / DEPTH_QUADS * KEY_STRIDE + (${piece}) % DEPTH_QUADS`, "packed"), 2)}
 }`)
     }
 workgroupBarrier();
 ${
-      unroll(rowFragments, (r) => {
-        const fragment = `rowGroup * ${rowFragments}u + ${r}u`;
-        const load = unroll(depthFragments, (d) =>
-          `  q${r}_${d} = ${
-            unit.loadLeft(
-              keys,
-              `(${fragment}) % ${fragmentsPerRound}u * ${fragmentSize * keyStride}u + ${d * fragmentQuads}u`,
-              keyStride,
-            )
-          };`);
-        return `if ((${fragment}) / ${fragmentsPerRound}u == ${round}u) {\n${load}\n}`;
-      })
+      unit.over("r", rowFragments, (r) =>
+        `if (${rowFragment(r)} / ${fragmentsPerRound}u == ${round}) {
+${
+          unit.over("d", depthFragments, (d) => {
+            const at = `${rowFragment(r)} % ${fragmentsPerRound}u * ${
+              fragmentSize * keyStride
+            }u + ${d} * ${fragmentQuads}u`;
+            return `  ${queries.at(r, d)} = ${unit.loadLeft(keys, at, keyStride)};`;
+          })
+        }
+}`)
     }`);
 
   /** Two quads of a fragment to each lane; `own` is where the subgroup's fragment lies. */
@@ -390,9 +373,7 @@ ${unit.prologue}
   let lastBase = block.columnStart + (count - 1u) * BLOCK_K; // before the first key when there is none: nothing is loaded
 ${terms.dropout ? "  let dropped = dropoutKey(block.item, head);\n" : ""}  var rowTop = MASKED;
   var rowSum = 0.0;
-${each(rowFragments, depthFragments, (r, d) => `  var q${r}_${d}: ${unit.leftType};`)}
-${everyScore((s) => `  var ${s}: ${unit.resultType};`)}
-${everyOutput((o) => `  var ${o}: ${unit.resultType};`)}
+${indent([queries, sums, outputs].map(({ declaration }) => declaration).join("\n"), 2)}
 ${unroll(registersOf(keyPieces), (i) => `  var key${i} = vec4<u32>();`)}
 ${unroll(registersOf(valuePieces), (i) => `  var value${i} = vec4<u32>();`)}
 
@@ -429,7 +410,7 @@ ${indent(loadKeys("keyBase - 2u * BLOCK_K"), 6)}
     masks ? "true" : `${terms.window ? "keyBase < block.sharedStart || " : ""}keyBase + BLOCK_K > block.sharedEnd`
   };
 ${indent(softmax, 6)}
-${everyScore((s) => `      ${s} = ${unit.resultType}();`)}
+${indent(everyScore((score) => `${score} = ${unit.zero};`), 6)}
 ${indent(multiplyScores, 6)}
       if (masking) {
 ${unroll(registersOf(valuePieces), (i) => `        value${i} = finiteHalves(value${i});`)}
@@ -444,23 +425,21 @@ ${indent(loadValues("keyBase - BLOCK_K"), 6)}
     if (t == 0u) { rescale = vec4<u32>(); }
     let own = subgroup * ${fragmentSize * ownStride}u;
 ${
-    everyOutput((o, r) =>
-      `    ${unit.storeResult(scores, "own", ownStride, o)}
-    workgroupBarrier();
+    indent(
+      everyOutput((output, r) =>
+        `${unit.storeResult(scores, "own", ownStride, output)}
+workgroupBarrier();
 ${
-        indent(
           everyOwnQuad((row, _quad, index) =>
-            `let scaled = ${
-              unit.readQuad(scores, index)
-            } * rowFactor[(rowGroup * ${rowFragments}u + ${r}u) * 16u + ${row}];
+            `let scaled = ${unit.readQuad(scores, index)} * rowFactor[${rowFragment(r)} * 16u + ${row}];
 ${unit.writeQuad(scores, index, "scaled")}`
-          ),
-          4,
-        )
-      }
-    workgroupBarrier();
-    ${o} = ${unit.loadResult(scores, "own", ownStride)};
-    workgroupBarrier();`
+          )
+        }
+workgroupBarrier();
+${output} = ${unit.loadResult(scores, "own", ownStride)};
+workgroupBarrier();`
+      ),
+      4,
     )
   }
   }
@@ -492,26 +471,26 @@ ${
   workgroupBarrier();
   let own = subgroup * ${fragmentSize * ownStride}u;
 ${
-    everyOutput((o, r, c) =>
-      `  ${unit.storeResult(scores, "own", ownStride, o)}
-  workgroupBarrier();
+    indent(
+      everyOutput((output, r, c) =>
+        `${unit.storeResult(scores, "own", ownStride, output)}
+workgroupBarrier();
 ${
-        indent(
           everyOwnQuad((row, quad, index) =>
-            `let blockRow = (rowGroup * ${rowFragments}u + ${r}u) * 16u + ${row};
+            `let blockRow = ${rowFragment(r)} * 16u + ${row};
 let row = block.rowStart + blockRow;
-let column = (share * ${ownValueFragments}u + ${c}u) * 16u + 4u * ${quad};
+let column = (share * ${ownValueFragments}u + ${c}) * 16u + 4u * ${quad};
 if (row < block.rowEnd && column < params.V) {
   let factor = rowFactor[blockRow];
   let result = select(${unit.readQuad(scores, index)} * factor, vec4<f32>(), factor == 0.0);
   let offset = params.outputBase + row * params.outputRow + block.rangeItem * params.outputGap + head * params.outputHead;
 ${indent(store4("output", shape.output, "offset", "column", "params.V", "result"), 2)}
 }`
-          ),
-          2,
-        )
-      }
-  workgroupBarrier();`
+          )
+        }
+workgroupBarrier();`
+      ),
+      2,
     )
   }
 }

@@ -133,36 +133,26 @@ ${
         `weight${i}`,
       ))
   }`;
-  const multiply = unroll(depth / fragmentSize, (d) =>
-    `{
-${
-      unroll(rowFragments, (r) =>
-        `  let a${r} = ${
-          unit.loadLeft(
-            latents,
-            `(subgroupRow * ${rowFragments}u + ${r}u) * ${fragmentSize * leftStride}u + ${d * fragmentQuads}u`,
-            leftStride,
-          )
-        };`)
-    }
-${
-      unroll(columnFragments, (c) => {
-        const right = unit.right(
-          `b${c}`,
-          weights,
-          `${d * fragmentSize * rightStride}u + (subgroupColumn * ${columnFragments}u + ${c}u) * ${fragmentQuads}u`,
-          rightStride,
-          "row",
-        );
-        return indent(
-          `${right.code}\n${unroll(rowFragments, (r) => unit.accumulate(`c${r}_${c}`, `a${r}`, right))}`,
-          2,
-        );
+  const sums = unit.fragments("c", "result", rowFragments, columnFragments);
+  const multiply = unit.over("d", depth / fragmentSize, (d) =>
+    `${
+      unroll(rowFragments, (r) => {
+        const at = `(subgroupRow * ${rowFragments}u + ${r}u) * ${
+          fragmentSize * leftStride
+        }u + ${d} * ${fragmentQuads}u`;
+        return `let left${r} = ${unit.loadLeft(latents, at, leftStride)};`;
       })
     }
-}`);
-  const everyResult = (emit: (name: string, row: number, column: number) => string) =>
-    unroll(rowFragments, (r) => unroll(columnFragments, (c) => emit(`c${r}_${c}`, r, c)));
+${
+      unit.over("c0", columnFragments, (c) => {
+        const at = `${d} * ${
+          fragmentSize * rightStride
+        }u + (subgroupColumn * ${columnFragments}u + ${c}) * ${fragmentQuads}u`;
+        const right = unit.right("right", weights, at, rightStride, "row");
+        return `${right.code}
+${unroll(rowFragments, (r) => unit.accumulate(sums.at(`${r}u`, c), `left${r}`, right))}`;
+      })
+    }`);
 
   return `${
     unit.native ? unit.directives : storageDirectives([shape.latent, shape.weight])
@@ -234,7 +224,7 @@ ${unit.prologue}
   let subgroupRow = subgroup / ${subgroupColumns}u;
   let subgroupColumn = subgroup % ${subgroupColumns}u;
   let slices = (params.L + DEPTH - 1u) / DEPTH;
-${everyResult((c) => `  var ${c}: ${unit.resultType};`)}
+${indent(sums.declaration, 2)}
 ${unroll(registersOf(latentPieces), (i) => `  var latent${i} = vec4<u32>();`)}
 ${unroll(registersOf(weightPieces), (i) => `  var weight${i} = vec4<u32>();`)}
 ${indent(load("0u"), 2)}
@@ -249,29 +239,36 @@ ${indent(multiply, 4)}
   // Two neighbouring fragments at a time, rows of 32, through the subgroup's own memory.
   let own = subgroup * ${fragmentSize * resultStride}u;
 ${
-    unroll(rowFragments, (r) =>
-      unroll(columnFragments / 2, (pair) =>
-        `  ${unit.storeResult(results, "own", resultStride, `c${r}_${2 * pair}`)}
-  ${unit.storeResult(results, "own + 4u", resultStride, `c${r}_${2 * pair + 1}`)}
-  workgroupBarrier();
+    indent(
+      unit.over("r", rowFragments, (r) =>
+        unit.over("pair", columnFragments / 2, (pair) => {
+          // Native indices are literals, whose sum is one only when it is made here.
+          const [first, second] = unit.native
+            ? [`${2 * parseInt(pair)}u`, `${2 * parseInt(pair) + 1}u`]
+            : [`2u * ${pair}`, `(2u * ${pair} + 1u)`];
+          return `${unit.storeResult(results, "own", resultStride, sums.at(r, first))}
+${unit.storeResult(results, "own + 4u", resultStride, sums.at(r, second))}
+workgroupBarrier();
 ${
-          unroll(2, (i) =>
-            `  {
-    let ownRow = (lane + ${i * subgroupSize}u) / 4u;
-    let at = own + ownRow * ${resultStride}u + (lane + ${i * subgroupSize}u) % 4u * 2u;
-    let row = rowBase + (subgroupRow * ${rowFragments}u + ${r}u) * 16u + ownRow;
-    let column = columnBase + (subgroupColumn * ${columnFragments}u + ${2 * pair}u) * 16u + (lane + ${
-              i * subgroupSize
-            }u) % 4u * 8u;
-    if (row < params.rows && column < params.columns) {
-      expanded[(params.expandedBase + row * params.columns + column) / 8u] = packHalves(
-        saturated(${unit.readQuad(results, "at")}),
-        saturated(${unit.readQuad(results, "at + 1u")}),
-      );
-    }
-  }`)
-        }
-  workgroupBarrier();`))
+            unroll(2, (i) =>
+              `{
+  let ownRow = (lane + ${i * subgroupSize}u) / 4u;
+  let ownPart = (lane + ${i * subgroupSize}u) % 4u;
+  let at = own + ownRow * ${resultStride}u + ownPart * 2u;
+  let row = rowBase + (subgroupRow * ${rowFragments}u + ${r}) * 16u + ownRow;
+  let column = columnBase + (subgroupColumn * ${columnFragments}u + ${first}) * 16u + ownPart * 8u;
+  if (row < params.rows && column < params.columns) {
+    expanded[(params.expandedBase + row * params.columns + column) / 8u] = packHalves(
+      saturated(${unit.readQuad(results, "at")}),
+      saturated(${unit.readQuad(results, "at + 1u")}),
+    );
+  }
+}`)
+          }
+workgroupBarrier();`;
+        })),
+      2,
+    )
   }
 }
 `;

@@ -10,7 +10,7 @@
 // Memory is counted in quads of 16 bytes throughout: 8 halves or 4 floats. Rows should be an odd number of quads apart:
 // with even strides the rows of a fragment meet in the same banks, which costs more than the products do.
 
-import { unroll } from "./register_tile.ts";
+import { indent, unroll } from "./register_tile.ts";
 
 /**
  * How fragments are written: `template`, the current syntax (`subgroupMatrixLoad<T, row_major>(…)`); `flag`, the deprecated
@@ -46,6 +46,14 @@ export interface RightFragment {
   readonly order: MatrixOrder;
 }
 
+/** Left fragments or results that an invocation's subgroup keeps in registers, in rows and columns. */
+export interface FragmentArray {
+  /** WGSL statements that declare them; results begin as zeros. */
+  readonly declaration: string;
+  /** WGSL of one of them, by WGSL expressions of its row and column: those that {@link MatrixUnit.over} gives. */
+  at(row: string, column: string): string;
+}
+
 /** A generator of WGSL over fragments. Offsets are WGSL expressions, strides numbers, both in quads. */
 export interface MatrixUnit {
   /** Whether the products are those of the matrix units. */
@@ -56,10 +64,15 @@ export interface MatrixUnit {
   declarations(memories: readonly MatrixMemory[]): string;
   /** WGSL statements that `main` begins with; `t` is the invocation's index in the workgroup. */
   readonly prologue: string;
-  /** WGSL type of a left fragment. */
-  readonly leftType: string;
-  /** WGSL type of a result; its zero value is what `var` gives. */
-  readonly resultType: string;
+  /** Declares fragments. */
+  fragments(name: string, side: "left" | "result", rows: number, columns: number): FragmentArray;
+  /**
+   * A block of WGSL for each index below `count`: copied out where fragments are registers, which cannot be indexed at run
+   * time; a loop where they are emulated, since software adapters take long to compile.
+   */
+  over(index: string, count: number, step: (index: string) => string): string;
+  /** WGSL expression of a result of zeros. */
+  readonly zero: string;
   /** WGSL expression of a left fragment, loaded in row order. */
   loadLeft(memory: MatrixMemory, offset: string, stride: number): string;
   /** A right fragment. */
@@ -153,8 +166,15 @@ fn packHalves(low: vec4<f32>, high: vec4<f32>) -> vec4<u32> {
   return vec4<u32>(bitcast<vec2<u32>>(vec4<f16>(low)), bitcast<vec2<u32>>(vec4<f16>(high)));
 }`,
     prologue: lane,
-    leftType: type("left"),
-    resultType: type("result"),
+    zero: `${type("result")}()`,
+    over: (_index, count, step) => unroll(count, (i) => `{\n${indent(step(`${i}u`), 2)}\n}`),
+    fragments: (name, side, rows, columns) => {
+      const at = (row: string, column: string) => `${name}${parseInt(row)}_${parseInt(column)}`;
+      return {
+        at,
+        declaration: unroll(rows, (r) => unroll(columns, (c) => `var ${at(`${r}`, `${c}`)}: ${type(side)};`)),
+      };
+    },
     loadLeft: (memory, offset, stride) => load("left", memory, offset, stride, "row"),
     right: (name, memory, offset, stride, order) => ({
       ...{ name, memory, stride, order },
@@ -214,8 +234,13 @@ fn highHalves(quad: vec4<u32>) -> vec4<f32> { return vec4<f32>(unpack2x16float(q
 ${memories.map((memory) => memory.kind === "halves" ? halvesFunctions(memory) : floatsFunctions(memory)).join("\n\n")}`,
   prologue: `  lane = t % ${subgroupSize}u;
   let subgroup = t / ${subgroupSize}u;`,
-  leftType: "LeftFragment",
-  resultType: "ResultFragment",
+  zero: "ResultFragment()",
+  over: (index, count, step) =>
+    `for (var ${index} = 0u; ${index} < ${count}u; ${index} += 1u) {\n${indent(step(index), 2)}\n}`,
+  fragments: (name, side, rows, columns) => ({
+    declaration: `var ${name}: array<${side === "left" ? "LeftFragment" : "ResultFragment"}, ${rows * columns}>;`,
+    at: (row, column) => `${name}[${row} * ${columns}u + ${column}]`,
+  }),
   loadLeft: ({ name }, offset, stride) => `${name}_left(${offset}, ${stride}u)`,
   right: (name, memory, offset, stride, order) => ({
     ...{ name, memory, stride, order },
