@@ -4,10 +4,15 @@ import { BufferUsage } from "../../src/gpu/buffers.ts";
 import type { GpuContext } from "../../src/gpu/device.ts";
 import { attendBindings } from "../../src/gpu/kernels/attend_operands.ts";
 import * as attend from "../../src/gpu/kernels/matrix_attend.ts";
+import * as grad from "../../src/gpu/kernels/matrix_attend_backward.ts";
 import * as expand from "../../src/gpu/kernels/matrix_expand.ts";
+import * as magnitude from "../../src/gpu/kernels/matrix_magnitude.ts";
 import * as rope from "../../src/gpu/kernels/matrix_rope.ts";
 import { matrixScratch, paddedWidth } from "../../src/gpu/kernels/matrix_scratch.ts";
+import * as stage from "../../src/gpu/kernels/matrix_stage.ts";
+import { stagedBytes } from "../../src/gpu/kernels/matrix_staged.ts";
 import type { MatrixBackend } from "../../src/gpu/kernels/matrix_unit.ts";
+import * as rowStats from "../../src/gpu/kernels/row_stats.ts";
 import { scoreFloats, scoreTerms } from "../../src/gpu/kernels/score_terms.ts";
 import { type StorageElement, storageElement } from "../../src/gpu/kernels/storage_element.ts";
 import { blockWords, schedule } from "../../src/gpu/schedule.ts";
@@ -23,6 +28,8 @@ export interface MatrixSetup {
   readonly backend: MatrixBackend;
   readonly attend: attend.MatrixAttendTile;
   readonly expand: expand.MatrixExpandTile;
+  /** The tiles of ∂query and of ∂K and ∂V. */
+  readonly grad?: Readonly<Record<grad.MatrixGradTarget, grad.MatrixGradTile>>;
   /** Whether tensors are uploaded as halves and the output stored so. */
   readonly half: boolean;
 }
@@ -233,6 +240,85 @@ export class MatrixCall {
         { [at.term]: this.upload("mask", (inputs.attentionMask as MaskTensor).data) }),
       ...(problem.sinks > 0 && { [at.sinks]: this.upload("sinks", this.sinks(), BufferUsage.UNIFORM) }),
     }, [H, blocks.length / blockWords]);
+  }
+
+  /** Compiles and binds the gradients of attention: "∂query", and "∂expanded", which is ∂K, ∂V and ∂rope by key row. */
+  async backward(gradOutput: Tensor): Promise<void> {
+    const { problem, setup } = this;
+    const { batch, keyLength, queryLength, queryHeads: H, kvHeads: G } = problem;
+    const { qkNopeHeadDim: P, qkRopeHeadDim: R, vHeadDim: V } = problem;
+    const rows = batch * queryLength;
+    const keyRows = batch * keyLength;
+    const output = this.named.get("output")!;
+    const grads = this.uploadTensor("gradOutput", gradOutput);
+    const stats = this.buffer("stats", rows * H * 8);
+    const dense = { outputBase: 0, outputRow: H * V, outputHead: V, outputGap: 0 };
+    const ofGrad = { gradBase: 0, gradRow: H * V, gradHead: V, gradGap: 0 };
+    await this.step(
+      "stats",
+      rowStats.wgsl({ output: this.element(V), gradOutput: this.element(V) }),
+      { rows, firstRow: 0, queryLength, queryHeads: H, V, firstTile: 0, ...dense, ...ofGrad },
+      { 1: output, 2: grads, 3: this.named.get("lse"), 4: stats },
+      [Math.ceil(rows / rowStats.rowsPerWorkgroup), H],
+    );
+    const inQuery = problem.rope === "in_query";
+    const queryWidth = inQuery ? P + R : P;
+    const scratch = matrixScratch(problem, keyRows, G);
+    const expanded = this.named.get("expanded")!;
+    const staged = this.buffer("staged", stagedBytes(problem, rows, H));
+    const params = {
+      ...this.scoreParams(),
+      ...{ firstHead: 0, headCount: 1, firstKvHead: 0, groupKvHeads: G, valuesBase: scratch.valuesBase },
+      ...{ ropeBase: scratch.ropeBase, firstBlock: 0, groupSize: H / G, P, R, V, rangeRows: rows },
+      ...{ queryBase: 0, queryRow: H * queryWidth, queryHead: queryWidth, queryGap: 0, ...ofGrad },
+      ...{ ropeQueryBase: 0, ropeQueryRow: R, ropeQueryGap: 0 },
+      ...{ gradientBase: 0, gradientItem: 0, gradientHead: P + R, gradientRow: H * (P + R) },
+      ...{ gradientValues: keyRows * G * P, gradientRope: keyRows * G * (P + V), accumulate: 0, columnTiles: 1 },
+    };
+    await this.step("magnitude", magnitude.wgsl(this.element(V)), params, {
+      [magnitude.magnitudeBindings.gradOutput]: grads,
+      [magnitude.magnitudeBindings.expanded]: expanded,
+      [magnitude.magnitudeBindings.staged]: staged,
+    }, magnitude.workgroups);
+    const shape: stage.MatrixStageShape = {
+      ...{ qkNopeHeadDim: P, qkRopeHeadDim: R, vHeadDim: V, rope: problem.rope },
+      ...{ query: this.element(P, inQuery ? R : 0), gradOutput: this.element(V), ropeQuery: this.element(R) },
+    };
+    await this.step("stage", stage.wgsl(shape), params, {
+      [stage.stageBindings.query]: this.named.get("query"),
+      [stage.stageBindings.gradOutput]: grads,
+      [stage.stageBindings.staged]: staged,
+      ...(problem.rope === "shared" && { [stage.stageBindings.bQ]: this.named.get("bQ") }),
+    }, [stage.workgroups, 1]);
+    const gradients = {
+      query: this.buffer("∂query", rows * H * (P + R) * 4),
+      keys: this.buffer("∂expanded", keyRows * G * (P + V + R) * 4),
+    };
+    for (const target of ["query", "keys"] as const) {
+      const tile = setup.grad![target];
+      const owner = target === "query" ? "queries" : "keys";
+      const blocks = schedule(problem, tile.rows, { start: 0, end: rows }, owner);
+      const gradShape: grad.MatrixGradShape = {
+        ...{ qkNopeHeadDim: P, qkRopeHeadDim: R, vHeadDim: V },
+        terms: scoreTerms(problem, setup.half ? "f16" : "f32"),
+        gradient: [P, R, V].every((width) => width % 4 === 0) ? "vec4<f32>" : "f32",
+      };
+      const at = grad.matrixGradBindings;
+      await this.step(
+        `∂${target}`,
+        grad.wgsl(target, tile, gradShape, setup.backend),
+        { ...params, headCount: target === "query" ? 1 : H / G },
+        {
+          [at.blocks]: this.upload(`blocks of ∂${target}`, blocks),
+          [at.staged]: staged,
+          [at.stats]: stats,
+          [at.expanded]: expanded,
+          [at.gradient]: gradients[target],
+          ...(problem.scoreTerm !== "none" && { [at.term]: this.named.get(problem.scoreTerm) }),
+        },
+        [target === "query" ? H : G, blocks.length / blockWords],
+      );
+    }
   }
 
   encode(encoder: GPUCommandEncoder, only?: readonly string[], timestampWrites?: GPUComputePassTimestampWrites): void {
