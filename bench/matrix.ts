@@ -6,6 +6,7 @@
 
 import { gpuContext, openDevice } from "../src/gpu/device.ts";
 import type { MatrixAttendTile } from "../src/gpu/kernels/matrix_attend.ts";
+import type { MatrixGradTile } from "../src/gpu/kernels/matrix_attend_backward.ts";
 import type { MatrixExpandTile } from "../src/gpu/kernels/matrix_expand.ts";
 import type { MatrixBackend } from "../src/gpu/kernels/matrix_unit.ts";
 import { subgroupMatrixFeature } from "../src/gpu/request_device.ts";
@@ -13,7 +14,8 @@ import { clockProbe } from "../src/gpu/timing.ts";
 import { toFloats } from "../src/op/half.ts";
 import { type HostInputs, mlaProblem } from "../src/op/mla_problem.ts";
 import { elementCount, type Tensor } from "../src/op/tensor.ts";
-import { MatrixCall } from "../tests/support/matrix_call.ts";
+import { referenceMlaAttentionBackward } from "../src/reference/mla_attention_backward.ts";
+import { MatrixCall, type MatrixSetup } from "../tests/support/matrix_call.ts";
 
 const argument = (name: string, absent: string) =>
   Deno.args.find((arg) => arg.startsWith(`--${name}=`))?.slice(name.length + 3) ?? absent;
@@ -112,41 +114,79 @@ async function measured(call: MatrixCall, names: readonly string[]): Promise<str
   })`;
 }
 
+const relative = (actual: ArrayLike<number>, expected: ArrayLike<number>) => {
+  let error = 0, norm = 0;
+  for (let i = 0; i < expected.length; i++) {
+    error += (actual[i] - expected[i]) ** 2;
+    norm += expected[i] ** 2;
+  }
+  return Math.sqrt(error / norm).toExponential(2);
+};
+
+/** Errors of every gradient at a small size, whose oracle takes a second. */
+async function gradientErrors(setup: MatrixSetup, causal: boolean): Promise<string> {
+  const [S, H] = [333, 2];
+  const small: HostInputs = {
+    query: draw(1, 1, S, H, P + R),
+    keyValue: draw(1, 1, S, L),
+    wKc: draw(1 / Math.sqrt(L), L, H, P),
+    wVc: draw(1 / Math.sqrt(L), L, H, V),
+    bK: draw(1, 1, S, R),
+  };
+  const gradOutput = draw(1e-3, 1, S, H, V);
+  const problem = mlaProblem(small, { causal });
+  const exact = referenceMlaAttentionBackward(small, problem, gradOutput);
+  const call = await MatrixCall.create(context, problem, small, setup);
+  await call.backward(gradOutput);
+  call.run();
+  const query = new Float32Array(await call.read("∂query")).subarray(0, S * H * (P + R));
+  const expanded = new Float32Array(await call.read("∂expanded")).subarray(0, S * H * (P + V + R));
+  call.dispose();
+  const wKc = new Float64Array(L * H * P), wVc = new Float64Array(L * H * V), bK = new Float64Array(S * R);
+  for (let row = 0; row < S; row++) {
+    for (let l = 0; l < L; l++) {
+      const c = small.keyValue.data[row * L + l];
+      for (let x = 0; x < H * P; x++) wKc[l * H * P + x] += c * expanded[row * H * P + x];
+      for (let x = 0; x < H * V; x++) wVc[l * H * V + x] += c * expanded[S * H * P + row * H * V + x];
+    }
+    for (let x = 0; x < H * R; x++) bK[row * R + x % R] += expanded[S * H * (P + V) + row * H * R + x];
+  }
+  return `query ${relative(query, exact.query!.data)}, wKc ${relative(wKc, exact.wKc!.data)}, wVc ${
+    relative(wVc, exact.wVc!.data)
+  }, bK ${relative(bK, exact.bK!.data)}`;
+}
+
 interface Variant {
   readonly name: string;
   readonly attend: MatrixAttendTile;
   readonly expand: MatrixExpandTile;
+  readonly grad?: MatrixGradTile;
+  readonly gradKeys?: MatrixGradTile;
   readonly backend?: MatrixBackend;
   readonly causal?: boolean;
 }
 const attend: MatrixAttendTile = { blockQ: 128, blockK: 32, subgroups: 8, rowFragments: 2, pinned: true };
 const expand: MatrixExpandTile = { blockM: 128, blockN: 256, depth: 32, rowFragments: 4, columnFragments: 4 };
+const grad: MatrixGradTile = { rows: 64, columns: 32, rowFragments: 2, pinned: true };
 const variants: Variant[] = [
-  { name: "causal", attend, expand },
-  {
-    name: "unpinned",
-    attend: { ...attend, pinned: false },
-    expand: { ...expand, blockN: 128, columnFragments: 4, rowFragments: 2 },
-  },
-  {
-    name: "full",
-    attend,
-    expand: { ...expand, blockM: 64, blockN: 256, rowFragments: 2, columnFragments: 4 },
-    causal: false,
-  },
-  {
-    name: "64 rows",
-    attend: { ...attend, blockQ: 64, subgroups: 4 },
-    expand: { ...expand, blockM: 128, blockN: 128, rowFragments: 4, columnFragments: 4 },
-  },
+  { name: "pinned", attend, expand, grad },
+  { name: "unpinned", attend, expand, grad: { ...grad, pinned: false } },
+  { name: "32 rows", attend, expand, grad: { ...grad, rows: 32 } },
+  { name: "64 rows of one fragment", attend, expand, grad: { ...grad, rowFragments: 1, rows: 32, columns: 64 } },
 ];
+const gradOutput = draw(1e-3, 1, S, H, V);
 
-for (const { name, backend = "template", causal = true, ...tiles } of variants) {
+for (const { name, backend = "template", causal = true, grad, gradKeys = grad, ...tiles } of variants) {
   if (!name.includes(only)) continue;
   try {
     const problem = mlaProblem(inputs, { causal });
+    const setup: MatrixSetup = {
+      ...{ ...tiles, backend, half: true },
+      ...(grad !== undefined && { grad: { query: grad, keys: gradKeys! } }),
+    };
     const start = performance.now();
-    const call = await MatrixCall.create(context, problem, inputs, { ...tiles, backend, half: true });
+    const call = await MatrixCall.create(context, problem, inputs, setup);
+    if (grad !== undefined) await call.backward(gradOutput);
     const compile = performance.now() - start;
     call.run();
     const bits = new Uint16Array(await call.read("output"));
@@ -162,13 +202,29 @@ for (const { name, backend = "template", causal = true, ...tiles } of variants) 
     const pairs = causal ? S * (S + 1) / 2 : S * S;
     const attendMs = await measured(call, ["attend"]);
     const expandMs = await measured(call, ["expandKeys", "expandValues", "rope"]);
-    const allMs = await measured(call, call.steps.map((step) => step.name));
+    const forward = ["expandKeys", "expandValues", "rope", "attend"];
+    const allMs = await measured(call, forward);
     console.log(
       `${name}: prepared in ${compile.toFixed(0)} ms, error ${Math.sqrt(error / norm).toExponential(2)}, ${nan} NaN
   attend ${attendMs}, ${(2 * pairs * H * (P + R + V) / parseFloat(attendMs) / 1e9).toFixed(0)} TFLOP/s
   expand ${expandMs}, ${(2 * S * L * H * (P + V) / parseFloat(expandMs) / 1e9).toFixed(0)} TFLOP/s
   all    ${allMs}`,
     );
+    if (grad !== undefined) {
+      for (const names of [["∂query"], ["∂keys"], ["stats", "magnitude", "stage"]]) {
+        const ms = await measured(call, names);
+        const flops = names[0] === "∂query" ? 2 * (P + R) + V : 2 * (P + R + V);
+        console.log(
+          `  ${names} ${ms}${
+            names.length > 1 ? "" : `, ${(2 * pairs * H * flops / parseFloat(ms) / 1e9).toFixed(0)} TFLOP/s`
+          }`,
+        );
+      }
+      console.log(
+        `  forward and backward without projections ${await measured(call, call.steps.map(({ name }) => name))}`,
+      );
+      console.log(`  errors: ${await gradientErrors(setup, causal)}`);
+    }
     call.dispose();
   } catch (error) {
     console.log(`${name}: ${String(error).slice(0, 3000)}`);
