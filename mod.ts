@@ -9,18 +9,29 @@ export { defaultExecutor, FlashMLA, flashMLA, mlaAttention, MlaInvocation } from
 export type { MlaCall, MlaExecutor } from "./src/flash_mla.ts";
 export type { MlaCallOptions, MlaOptions } from "./src/mla_options.ts";
 
+export { mlaAttentionWithLse } from "./src/mla_attention_with_lse.ts";
+export { mlaAttentionVjp } from "./src/mla_attention_vjp.ts";
+export type { MlaVjp } from "./src/mla_attention_vjp.ts";
+export { mergeAttentionStates } from "./src/merge_attention_states.ts";
+export type { MergeOptions } from "./src/merge_attention_states.ts";
+export type { AttentionState, LseLike } from "./src/op/attention_state.ts";
+export type { HostGradients, MlaGradients } from "./src/op/mla_gradients.ts";
 export { encodeMlaAttention } from "./src/encode_mla_attention.ts";
 export type { EncodedAttention } from "./src/encode_mla_attention.ts";
 
 export { tensor } from "./src/op/tensor.ts";
 export type {
+  AnyMask,
   AnyTensor,
   Bf16Tensor,
   DType,
   F16Tensor,
   Float16Elements,
+  GpuMaskTensor,
   GpuTensor,
   HostTensor,
+  MaskTensor,
+  OwnedGpuMask,
   OwnedGpuTensor,
   ResultLike,
   Tensor,
@@ -30,12 +41,13 @@ export { emptyOnGpu, toGpu, toHost, viewOnGpu } from "./src/gpu/gpu_tensor.ts";
 export type { EmptyOptions, ViewOptions } from "./src/gpu/gpu_tensor.ts";
 export { mlaProblem } from "./src/op/mla_problem.ts";
 export type { HostInputs, MlaInputs, MlaMathOptions, MlaProblem, RopeMode, TensorName } from "./src/op/mla_problem.ts";
+export type { Dropout, DropoutOptions } from "./src/op/dropout.ts";
 export type { MlaEvent, MlaEventCode } from "./src/op/mla_event.ts";
 export type { FlashMLAConfig } from "./src/op/config.ts";
 export { FlashMLAError } from "./src/op/errors.ts";
 export type { FlashMLAErrorCode } from "./src/op/errors.ts";
 export { Backend, Platform } from "./src/op/platform.ts";
-export type { EncodedCall, MlaImplementation, MlaTarget, MlaTrial } from "./src/op/implementation.ts";
+export type { EncodedCall, MlaImplementation, MlaTarget, MlaTrial, TrialOptions } from "./src/op/implementation.ts";
 
 export { deviceCapabilities, openDevice } from "./src/gpu/device.ts";
 export type { DeviceOptions } from "./src/gpu/request_device.ts";
@@ -47,11 +59,11 @@ export { KernelRegistry } from "./src/registry.ts";
 export type { ImplementationQuery, RegisterOptions, Registration } from "./src/registry.ts";
 
 export { hashJson, Invocation } from "./src/tune/invocation.ts";
-export type { InvocationInit } from "./src/tune/invocation.ts";
+export type { InvocationInit, MeasuringOptions } from "./src/tune/invocation.ts";
 export { Kernel } from "./src/tune/kernel.ts";
-export type { OutputCheck, Trial } from "./src/tune/kernel.ts";
+export type { Forward, OutputCheck, Trial } from "./src/tune/kernel.ts";
 export { Executor } from "./src/tune/executor.ts";
-export type { Compiled, ExecuteOptions } from "./src/tune/executor.ts";
+export type { Compiled, Differentiated, ExecuteOptions } from "./src/tune/executor.ts";
 export { ConfigSelectorChain } from "./src/tune/selector_chain.ts";
 export type { Choice, ChooseOptions, SelectorChainOptions } from "./src/tune/selector_chain.ts";
 export type { ConfigStore } from "./src/tune/autotune_once.ts";
@@ -73,7 +85,7 @@ export type {
 export { autotunePolicy, policyOverride, ScopedPolicy } from "./src/tune/policy.ts";
 export type { AutotunePolicy, PolicyOwner, PolicySurroundings } from "./src/tune/policy.ts";
 export { Tuner } from "./src/tune/tuner.ts";
-export type { TunerOptions } from "./src/tune/tuner.ts";
+export type { TuneOptions, TunerOptions } from "./src/tune/tuner.ts";
 
 export { ConfigCache, heuristicConfig, measuredConfig } from "./src/cache/config_cache.ts";
 export type { CachedConfig } from "./src/cache/config_cache.ts";

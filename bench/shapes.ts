@@ -15,6 +15,8 @@ export interface BenchShape {
   readonly qkRopeHeadDim: number;
   readonly vHeadDim: number;
   readonly causal: boolean;
+  /** Keys that a query sees to either side; all when absent. */
+  readonly slidingWindow?: number;
 }
 
 type Heads = Pick<BenchShape, "heads" | "kvLoraRank" | "qkNopeHeadDim" | "qkRopeHeadDim" | "vHeadDim">;
@@ -38,6 +40,11 @@ function shape(
   return { name, batch, queryLength, keyLength: length, causal, ...models[model] };
 }
 
+/** A shape under a sliding window. */
+function windowed(shape: BenchShape, slidingWindow: number): BenchShape {
+  return { ...shape, name: `${shape.name}, window ${slidingWindow}`, slidingWindow };
+}
+
 /** Shapes for the kernels alone; few and small ones where a CPU does the work. */
 export function attentionShapes(software: boolean): BenchShape[] {
   if (software) return [shape("DeepSeek-V2-Lite", 512, true), shape("DeepSeek-V2-Lite", 512, false)];
@@ -52,6 +59,8 @@ export function attentionShapes(software: boolean): BenchShape[] {
     shape("DeepSeek-V3", 2048, true),
     shape("MiniCPM3", 2048, true),
     shape("GLM-4.7-Flash", 2048, true),
+    ...[4096, 32768].map((length) => windowed(shape("DeepSeek-V2-Lite", length, true), 512)),
+    shape("DeepSeek-V2-Lite", 32768, true),
   ];
 }
 

@@ -3,25 +3,29 @@
 import { PersistentCache } from "./cache/persistent_cache.ts";
 import type { FlashMLAConfig } from "./op/config.ts";
 import { FlashMLAError } from "./op/errors.ts";
-import type { MlaImplementation, MlaTarget } from "./op/implementation.ts";
+import type { MlaImplementation, MlaTarget, TrialOptions } from "./op/implementation.ts";
 import { lengthBucket } from "./op/length_bucket.ts";
-import { toFloats } from "./op/half.ts";
+import { gradientsAgree, outputsAgree } from "./op/agreement.ts";
+import type { AttentionState } from "./op/attention_state.ts";
+import { tellMaskIgnored } from "./op/mla_event.ts";
+import { checkGradOutput, type MlaGradients } from "./op/mla_gradients.ts";
 import {
+  allInputs,
   checkOut,
   holdTensor,
   type MlaInputs,
   type MlaProblem,
   mlaProblem,
   snapshot,
-  tensorNames,
 } from "./op/mla_problem.ts";
-import { checkOptions, deviceOf, type MlaCallOptions, type MlaOptions } from "./mla_options.ts";
+import { checkOptions, deviceOf, gpuTensors, type MlaCallOptions, type MlaOptions } from "./mla_options.ts";
+import { checkApart, checkStillThere, residualsOf } from "./op/residuals.ts";
 import { canonicalPlatform } from "./op/platform.ts";
-import { type AnyTensor, isGpuTensor, kindOf, type ResultLike, type Tensor } from "./op/tensor.ts";
+import { type AnyTensor, kindOf, type ResultLike, type Tensor } from "./op/tensor.ts";
 import { detectPlatform, kernelRegistry } from "./platforms.ts";
 import { Executor } from "./tune/executor.ts";
 import { Invocation, type InvocationInit } from "./tune/invocation.ts";
-import { Kernel, type OutputCheck, type Trial } from "./tune/kernel.ts";
+import { type Forward, Kernel, type OutputCheck, type Trial } from "./tune/kernel.ts";
 import { ConfigSelectorChain } from "./tune/selector_chain.ts";
 import { Tuner } from "./tune/tuner.ts";
 
@@ -38,7 +42,7 @@ export type MlaExecutor = Executor<MlaCall, FlashMLAConfig, AnyTensor>;
 
 /** A validated call with the target that it was resolved to. */
 export class MlaInvocation extends Invocation<MlaCall> {
-  /** The call's tensors as they were when the call was made; the data are the caller's. */
+  /** The call's tensors, also those among its options, as they were when the call was made; the data are the caller's. */
   readonly inputs: MlaInputs;
   /** What takes the result, if the caller gave it. */
   readonly out: AnyTensor | undefined;
@@ -71,15 +75,17 @@ export class MlaInvocation extends Invocation<MlaCall> {
   }
 }
 
-/** relL2 between a candidate's output and the heuristic's above which the candidate is wrong, not merely rounded. */
-const agreement = 1e-4;
-
 /** Multi-head Latent Attention as a {@link Kernel}: ejkernel's `FlashMLA` on WebGPU and plain TypeScript. */
-export class FlashMLA extends Kernel<MlaCall, FlashMLAConfig, AnyTensor> {
+export class FlashMLA extends Kernel<MlaCall, FlashMLAConfig, AnyTensor, AttentionState, MlaGradients> {
   /** Operation name, part of every cache key. */
   readonly opId = "flash_mla";
   /** Raised when old measurements stop being valid. */
-  readonly version = "1";
+  readonly version = "2";
+
+  /** There are gradients. */
+  override get hasGradients(): boolean {
+    return true;
+  }
 
   /**
    * The implementation that a configuration is for.
@@ -104,23 +110,27 @@ export class FlashMLA extends Kernel<MlaCall, FlashMLAConfig, AnyTensor> {
     const problem = mlaProblem(call.inputs, options);
     checkOptions(options);
     if (options.out !== undefined) checkOut(options.out, problem);
-    const inputs = snapshot(call.inputs);
+    const given = allInputs(call.inputs, options);
+    const inputs = snapshot(given);
     const out = options.out && holdTensor(options.out);
     const { platform: asked = "auto", cfg, onEvent } = options;
+    if (given.bias !== undefined && given.attentionMask !== undefined) tellMaskIgnored(onEvent);
     const device = deviceOf(inputs, options);
     // What a call brings along says where it runs: a configuration names its platform, tensors on a GPU are WebGPU's.
-    const resident = [...tensorNames.map((name) => inputs[name]), out].some((tensor) => tensor && isGpuTensor(tensor));
+    const resident = gpuTensors(inputs, out).length > 0;
     const implied = cfg?.platform ?? (device === undefined && !resident ? "auto" : "webgpu");
     const platform = await detectPlatform(this.opId, asked === "auto" ? implied : asked);
     const target = await kernelRegistry.get(this.opId, { platform }).open(device, onEvent);
-    const { cuSeqlens, ...dimensions } = problem;
+    const { cuSeqlens, dropout, ...dimensions } = problem;
+    const sequences = cuSeqlens === null ? null : cuSeqlens.length - 1;
     return new MlaInvocation(
       {
         opId: this.opId,
         version: this.version,
         call,
         device: target.fingerprint,
-        signature: { ...dimensions, sequences: cuSeqlens === null ? null : cuSeqlens.length - 1 },
+        // Where sequences lie and what a dropout drops are values.
+        signature: { ...dimensions, sequences, dropout: dropout !== null },
         bucket: lengthBucket(problem),
       },
       inputs,
@@ -168,6 +178,61 @@ export class FlashMLA extends Kernel<MlaCall, FlashMLAConfig, AnyTensor> {
     return out === undefined ? result : call.options?.out ?? result;
   }
 
+  /**
+   * Runs a call and keeps its log-sum-exp.
+   *
+   * @param invocation A prepared call.
+   * @param cfg A configuration that {@link FlashMLA.checkCfg} accepts.
+   * @returns The output as {@link FlashMLA.run} gives it, and the log-sum-exp on its side.
+   */
+  async runWithLse(invocation: Invocation<MlaCall>, cfg: FlashMLAConfig): Promise<AttentionState> {
+    const { problem, target, inputs, out, call } = prepared(invocation);
+    this.checkCfg(invocation, cfg);
+    const { output, lse } = await target.runWithLse(problem, inputs, cfg, out);
+    return { output: out === undefined ? output : call.options?.out ?? output, lse };
+  }
+
+  /**
+   * Runs a call and keeps what its gradients need: the output and the log-sum-exp. What lies on the host is copied, so that
+   * the caller may change it; what lies on a GPU is the caller's.
+   *
+   * @param invocation A prepared call. Its `out` lies in no input's memory.
+   * @param cfg A configuration that {@link FlashMLA.checkCfg} accepts.
+   * @returns The output, and the residuals.
+   */
+  override async fwdWithResiduals(
+    invocation: Invocation<MlaCall>,
+    cfg: FlashMLAConfig,
+  ): Promise<Forward<AnyTensor, AttentionState>> {
+    const { inputs, out } = prepared(invocation);
+    if (out !== undefined) checkApart(inputs, out);
+    const state = await this.runWithLse(invocation, cfg);
+    return { output: state.output, residuals: residualsOf({ ...state, output: out ?? state.output }) };
+  }
+
+  /**
+   * Computes the gradients of a call that {@link FlashMLA.fwdWithResiduals} ran, from its inputs, which must be what they
+   * were.
+   *
+   * @param invocation The call.
+   * @param cfg The configuration that it ran under.
+   * @param residuals What the run kept.
+   * @param gradOutput The gradient of the output, of its shape.
+   * @returns One gradient for each tensor of numbers, like its tensor; bfloat16 gives float32.
+   */
+  override async vjp(
+    invocation: Invocation<MlaCall>,
+    cfg: FlashMLAConfig,
+    residuals: AttentionState,
+    gradOutput: AnyTensor,
+  ): Promise<MlaGradients> {
+    const { problem, target, inputs } = prepared(invocation);
+    this.checkCfg(invocation, cfg);
+    checkGradOutput(gradOutput, residuals.output);
+    checkStillThere(inputs, residuals);
+    return await target.backward(problem, inputs, cfg, residuals, holdTensor(gradOutput));
+  }
+
   /** A good configuration without measuring: by the number of workgroups that a problem gives each tile. */
   override heuristicCfg(invocation: Invocation<MlaCall>): FlashMLAConfig {
     const { problem, target } = prepared(invocation);
@@ -181,9 +246,13 @@ export class FlashMLA extends Kernel<MlaCall, FlashMLAConfig, AnyTensor> {
   }
 
   /** Compiles a candidate and uploads the call's own inputs. A caller's output tensor is left alone. */
-  override trial(invocation: Invocation<MlaCall>, cfg: FlashMLAConfig): Promise<Trial<Tensor>> {
+  override trial(
+    invocation: Invocation<MlaCall>,
+    cfg: FlashMLAConfig,
+    options: TrialOptions = {},
+  ): Promise<Trial<Tensor, MlaGradients>> {
     const { problem, target, inputs } = prepared(invocation);
-    return target.trial(problem, inputs, cfg);
+    return target.trial(problem, inputs, cfg, options);
   }
 
   /** Milliseconds of known work on the call's device; null where only the host clock is to be had. */
@@ -193,20 +262,16 @@ export class FlashMLA extends Kernel<MlaCall, FlashMLAConfig, AnyTensor> {
 
   /** Compares outputs by ‖candidate − best‖ / ‖best‖; non-finite elements must stand in the same places. */
   override compare(candidate: AnyTensor, best: AnyTensor): OutputCheck {
-    if (isGpuTensor(candidate) || isGpuTensor(best)) return { ok: true, detail: "not compared: it stayed on the GPU" };
-    const [{ data: got }, { data: expected }] = [toFloats(candidate), toFloats(best)];
-    let difference = 0;
-    let norm = 0;
-    for (let i = 0; i < expected.length; i++) {
-      if (Number.isFinite(expected[i]) !== Number.isFinite(got[i])) {
-        return { ok: false, detail: `element ${i} is ${got[i]} where the best known output has ${expected[i]}` };
-      }
-      if (!Number.isFinite(expected[i])) continue;
-      difference += (got[i] - expected[i]) ** 2;
-      norm += expected[i] ** 2;
-    }
-    const error = norm === 0 ? Math.sqrt(difference) : Math.sqrt(difference / norm);
-    return { ok: error <= agreement, detail: `relL2 ${error.toExponential(2)} against the best known output` };
+    return outputsAgree(candidate, best);
+  }
+
+  /** Compares gradients in the same way, each tensor on its own; where halves are among the inputs less strictly. */
+  override compareGradients(
+    invocation: Invocation<MlaCall>,
+    candidate: MlaGradients,
+    best: MlaGradients,
+  ): OutputCheck {
+    return gradientsAgree(prepared(invocation).problem, candidate, best);
   }
 }
 
@@ -311,6 +376,7 @@ export async function mlaAttention(inputs: MlaInputs, options: MlaCallOptions = 
 /** The executor that a call names, or the default one. */
 export function executorOf(options: MlaCallOptions): MlaExecutor {
   const executor = options?.executor ?? defaultExecutor();
-  if (typeof executor.run === "function" && typeof executor.prepare === "function") return executor;
+  const methods = [executor.run, executor.prepare, executor.vjp];
+  if (methods.every((method) => typeof method === "function")) return executor;
   throw new FlashMLAError("invalid-input", `Cannot run MLA: executor must be an Executor, got ${kindOf(executor)}`);
 }

@@ -6,7 +6,7 @@ import { FlashMLAError } from "./op/errors.ts";
 import type { MlaEvent } from "./op/mla_event.ts";
 import { type MlaInputs, type MlaMathOptions, tensorNames } from "./op/mla_problem.ts";
 import type { Platform } from "./op/platform.ts";
-import { type AnyTensor, isGpuTensor, kindOf } from "./op/tensor.ts";
+import { type AnyTensor, type GpuMaskTensor, type GpuTensor, isGpuMask, isGpuTensor, kindOf } from "./op/tensor.ts";
 
 /** The options of one call. */
 export interface MlaOptions extends MlaMathOptions {
@@ -18,7 +18,7 @@ export interface MlaOptions extends MlaMathOptions {
   readonly executor?: MlaExecutor;
   /** The WebGPU device to run on; that of the tensors, or the process's own, opened on first use, when absent. */
   readonly device?: GPUDevice;
-  /** Hears of what the call's user may want to know, once per device; a line on the console when absent. */
+  /** Hears of what the call's user may want to know; a line on the console, once per process, when absent. */
   readonly onEvent?: (event: MlaEvent) => void;
 }
 
@@ -31,7 +31,10 @@ export interface MlaCallOptions<Out extends AnyTensor = AnyTensor> extends MlaOp
   readonly out?: Out;
 }
 
-const knownOptions = ["softmaxScale", "causal", "platform", "cfg", "executor", "device", "out", "onEvent"];
+const knownOptions = [
+  ...["softmaxScale", "causal", "logitsSoftCap", "slidingWindow", "bias", "attentionMask", "softmaxAux", "dropout"],
+  ...["platform", "cfg", "executor", "device", "out", "onEvent"],
+];
 
 /** Throws when an option is unknown or of the wrong kind. */
 export function checkOptions(options: MlaOptions): void {
@@ -53,11 +56,22 @@ export function checkOptions(options: MlaOptions): void {
   }
 }
 
+/** The tensors of a call that lie on a GPU, by name: among the inputs, which hold those of the options too, and `out`. */
+export function gpuTensors(inputs: MlaInputs, out?: AnyTensor): [name: string, tensor: GpuTensor | GpuMaskTensor][] {
+  const found: [name: string, tensor: GpuTensor | GpuMaskTensor][] = [];
+  for (const [name, tensor] of [...tensorNames.map((name) => [name, inputs[name]] as const), ["out", out] as const]) {
+    if (tensor !== undefined && isGpuTensor(tensor)) found.push([name, tensor]);
+  }
+  const { attentionMask } = inputs;
+  if (attentionMask !== undefined && isGpuMask(attentionMask)) found.push(["attentionMask", attentionMask]);
+  return found;
+}
+
 /** The device that a call's tensors and options name, if any. */
 export function deviceOf(inputs: MlaInputs, { device, out }: MlaCallOptions): GPUDevice | undefined {
   let [owner, found] = ["options.device", device];
-  for (const [name, tensor] of [...tensorNames.map((name) => [name, inputs[name]] as const), ["out", out] as const]) {
-    if (tensor === undefined || !isGpuTensor(tensor) || tensor.device === undefined) continue;
+  for (const [name, tensor] of gpuTensors(inputs, out)) {
+    if (tensor.device === undefined) continue;
     if (found !== undefined && tensor.device !== found) {
       throw new FlashMLAError("invalid-input", `Cannot run MLA: ${name} lies on another device than ${owner}`);
     }

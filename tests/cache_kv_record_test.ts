@@ -54,6 +54,13 @@ describe("encodeRecord()", () => {
     assertEquals(decodeRecord<SampleConfig>(encodeRecord(record)!), record);
   });
 
+  test("keeps why gradients were not measured, its beginning if need be", () => {
+    const told = { ...sampleRecord(1), withoutBackward: "no kernel" };
+    assertEquals(decodeRecord(encodeRecord(told)!), told);
+    const long = { ...told, withoutBackward: "no kernel ".repeat(10_000) };
+    assertEquals(decodeRecord(encodeRecord(long)!)?.withoutBackward, "no kernel ".repeat(8));
+  });
+
   test("gives up the details of timings, least useful first, until the value fits", () => {
     fc.assert(
       fc.property(fc.integer({ min: 1, max: 4000 }), fc.integer({ min: 0, max: 300 }), (count, length) => {
@@ -99,6 +106,7 @@ describe("decodeRecord()", () => {
       { ...good, timingMethod: "sundial" },
       { ...good, libraryVersion: 1 },
       { ...good, date: null },
+      { ...good, withoutBackward: null },
     ];
     for (const value of wrong) assertEquals(decodeRecord(utf8(JSON.stringify(value))), undefined);
     assertEquals(decodeRecord(utf8(JSON.stringify(good).slice(1))), undefined);

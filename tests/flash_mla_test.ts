@@ -10,14 +10,17 @@ import {
   flashMLA,
   type FlashMLAConfig,
   FlashMLAError,
+  type GpuTensor,
   type HostInputs,
   kernelRegistry,
   mlaAttention,
   type MlaCall,
   overlayCache,
   type SelectionEvent,
+  type Tensor,
   Tuner,
 } from "../mod.ts";
+import { tuningGradOutput } from "../src/op/tuning_grad_output.ts";
 import { skip, smallConfig } from "./support/gpu.ts";
 import { assertClose } from "./support/metrics.ts";
 import { type ProblemShape, randomCall } from "./support/random_problem.ts";
@@ -217,8 +220,93 @@ describe("FlashMLA", () => {
       key({ headsPerKvHead: 1 }),
       key({}, { softmaxScale: 0.5 }),
       key({ cuSeqlens: [0, 40] }),
+      key({}, { dropout: { rate: 0.1, seed: 1 } }),
+      key({}, { logitsSoftCap: 30 }),
+      key({}, { slidingWindow: 8 }),
+      key({}, { slidingWindow: [8, 0] }),
+      key({}, { bias: { data: new Float32Array(1600), shape: [1, 1, 40, 40] } }),
+      key({}, { attentionMask: { data: new Uint8Array(1600), shape: [1, 1, 40, 40] } }),
+      key({}, { softmaxAux: { data: new Float32Array(4), shape: [4] } }),
+      key({}, { softmaxAux: { data: new Float32Array(8), shape: [4, 2] } }),
     ]);
     assertEquals(new Set([base, ...others]).size, others.length + 1);
+    // What a dropout drops and where sequences lie are values.
+    const dropped = await key({}, { dropout: { rate: 0.1, seed: 1 } });
+    assertEquals(await key({}, { dropout: { rate: 0.2, seed: 99 } }), dropped);
+    assertEquals(await key({}, { dropout: { rate: 0, seed: 1 } }), base);
+    assertEquals(await key({ cuSeqlens: [0, 12, 40] }), await key({ cuSeqlens: [0, 30, 40] }));
+  });
+
+  test("prepare() buckets by the options that change the kernel", async () => {
+    const bucket = async (more: MlaCall["options"]) =>
+      (await flashMLA.prepare(call({ platform: "reference", ...more }))).bucket;
+    const base = await bucket({});
+    assertEquals(base, "f32 B1 Sq64 Sk64, Hq4 Hkv2 L16 P8 R4 V12, rope in_query, causal");
+    const bias = { data: new Float32Array(1600), shape: [1, 1, 40, 40] };
+    const everything = { slidingWindow: 9, logitsSoftCap: 30, softmaxAux: { data: new Float32Array(2), shape: [2] } };
+    assertEquals(
+      await bucket({ ...everything, bias, dropout: { rate: 0.1, seed: 7 } }),
+      `${base}, window 16 0, soft cap, bias, 2 sinks, dropout`,
+    );
+    const mask = { data: new Uint8Array(1600), shape: [1, 1, 40, 40] };
+    assertEquals(await bucket({ attentionMask: mask, causal: false }), `${base.replace("causal", "full")}, mask`);
+    // Windows share a bucket up to the next power of two; past the keys all are the same.
+    const window = (slidingWindow: number | [number, number]) => bucket({ slidingWindow, causal: false });
+    assertEquals(await window(9), await window([16, 12]));
+    assertEquals(await window(2 ** 40), await window(64));
+    assertEquals(new Set(await Promise.all([window(8), window(9), window([8, 16]), window([0, 8])])).size, 4);
+  });
+
+  test("prepare() takes the tensors among the options along with the inputs, as they were", async () => {
+    const bias = { data: new Float32Array(1600), shape: [1, 1, 40, 40] };
+    const mask = { data: new Uint8Array(1600), shape: [1, 1, 40, 40] };
+    const softmaxAux = { data: new Float32Array(4), shape: [4] };
+    const { inputs } = await flashMLA.prepare(call({ platform: "reference", bias, softmaxAux }));
+    bias.shape.reverse();
+    assertEquals(inputs.bias?.shape, [1, 1, 40, 40]);
+    assertStrictEquals((inputs.softmaxAux as Tensor).data, softmaxAux.data);
+    const masked = await flashMLA.prepare(call({ platform: "reference", attentionMask: mask }));
+    assertEquals(masked.inputs.attentionMask?.shape, [1, 1, 40, 40]);
+  });
+
+  test("takes tensors on a GPU among the options for a call on the GPU", async () => {
+    const device = { createBuffer() {} } as unknown as GPUDevice;
+    const onGpu = (shape: number[], on?: GPUDevice): GpuTensor => ({
+      buffer: { size: 1 << 16, usage: 0x80 } as GPUBuffer,
+      shape,
+      dtype: "f32",
+      device: on,
+    });
+    const other = { createBuffer() {} } as unknown as GPUDevice;
+    const bias = onGpu([1, 1, 40, 40], other);
+    await assertRejects(
+      () => flashMLA.prepare(call({ bias, device })),
+      FlashMLAError,
+      "bias lies on another device than options.device",
+    );
+    await assertRejects(
+      () => flashMLA.prepare(call({ bias, softmaxAux: onGpu([4], device) })),
+      FlashMLAError,
+      "softmaxAux lies on another device than bias",
+    );
+    const attentionMask = { ...onGpu([1, 1, 40, 40], other), dtype: "u8" as const };
+    await assertRejects(
+      () => flashMLA.prepare(call({ attentionMask, device })),
+      FlashMLAError,
+      "attentionMask lies on another device than options.device",
+    );
+  });
+
+  test("trial() runs backward on request, for the same output gradient every time", async () => {
+    const invocation = await flashMLA.prepare(call({ platform: "reference" }));
+    const cfg = flashMLA.heuristicCfg(invocation);
+    const trial = await flashMLA.trial(invocation, cfg, { backward: true });
+    const { residuals } = await flashMLA.fwdWithResiduals(invocation, cfg);
+    const expected = await flashMLA.vjp(invocation, cfg, residuals, tuningGradOutput(invocation.problem));
+    assertEquals<unknown>(await trial.gradients!(), expected);
+    assertEquals(flashMLA.compareGradients(invocation, expected, await trial.gradients!()).ok, true);
+    assert(await trial.time(1) > 0);
+    assertEquals((await flashMLA.trial(invocation, cfg)).gradients, undefined);
   });
 
   test("getImpl() gives what is registered for the configuration", () => {
@@ -252,7 +340,7 @@ describe("FlashMLA", () => {
     const { Invocation } = await import("../mod.ts");
     const stranger = new Invocation<MlaCall>({
       opId: "flash_mla",
-      version: "1",
+      version: "2",
       call: call(),
       device: "",
       signature: null,

@@ -1,12 +1,27 @@
 import { describe, test } from "node:test";
 import { assertEquals, assertInstanceOf, assertStringIncludes, assertThrows } from "@std/assert";
 import { FlashMLAError } from "../src/op/errors.ts";
-import { type MlaInputs, type MlaMathOptions, mlaProblem, outputShape } from "../src/op/mla_problem.ts";
-import { elementCount, type Tensor, tensor } from "../src/op/tensor.ts";
+import {
+  allInputs,
+  floatInputs,
+  lseShape,
+  type MlaInputs,
+  type MlaMathOptions,
+  mlaProblem,
+  outputShape,
+  sinksPerHead,
+  snapshot,
+} from "../src/op/mla_problem.ts";
+import { type AnyMask, elementCount, type MaskTensor, type Tensor, tensor } from "../src/op/tensor.ts";
 
 /** Zeros of a shape. */
 function zeros(...shape: number[]): Tensor {
   return { data: new Float32Array(elementCount(shape)), shape };
+}
+
+/** A mask of zeros of a shape. */
+function bytes(...shape: number[]): MaskTensor {
+  return { data: new Uint8Array(elementCount(shape)), shape };
 }
 
 // B 2, Sq 5, Sk 7, Hq 6, Hkv 3, L 8, P 4, R 2, V 9: no two axes of one tensor alike.
@@ -17,6 +32,7 @@ const good = {
   wVc: zeros(8, 3, 9),
   bK: zeros(2, 7, 2),
 };
+const gpuMask = { buffer: { size: 36, usage: 0x80 }, shape: [1, 1, 5, 7], dtype: "u8" };
 const sharedRope = { ...good, query: zeros(2, 5, 6, 4), bQ: zeros(2, 5, 2) };
 const packed = { query: zeros(1, 5, 6, 4), keyValue: zeros(1, 5, 8), wKc: good.wKc, wVc: good.wVc };
 
@@ -36,7 +52,107 @@ describe("mlaProblem()", () => {
       causal: true,
       softmaxScale: 0.25,
       cuSeqlens: null,
+      logitsSoftCap: null,
+      slidingWindow: null,
+      scoreTerm: "none",
+      sinks: 0,
+      dropout: null,
       dtype: "f32",
+    });
+  });
+
+  test("names every option", () => {
+    const options = {
+      logitsSoftCap: 30,
+      slidingWindow: [4, 0] as const,
+      bias: zeros(1, 6, 5, 7),
+      softmaxAux: zeros(6, 2),
+      dropout: { rate: 0.25, seed: 2 ** 53 - 1 },
+    };
+    const { logitsSoftCap, slidingWindow, scoreTerm, sinks, dropout } = mlaProblem(good, options);
+    assertEquals({ logitsSoftCap, slidingWindow, scoreTerm, sinks, dropout }, {
+      logitsSoftCap: 30,
+      slidingWindow: [4, 0],
+      scoreTerm: "bias",
+      sinks: 2,
+      dropout: { rate: 0.25, seed: 2 ** 53 - 1, firstItem: 0, firstPosition: 0 },
+    });
+  });
+
+  test("takes masks and biases that broadcast over batch and heads", () => {
+    for (const batch of [1, 2]) {
+      for (const heads of [1, 6]) {
+        assertEquals(mlaProblem(good, { bias: zeros(batch, heads, 5, 7) }).scoreTerm, "bias");
+        assertEquals(mlaProblem(good, { attentionMask: bytes(batch, heads, 5, 7) }).scoreTerm, "mask");
+      }
+    }
+    assertEquals(mlaProblem(good, { attentionMask: { ...bytes(1, 1, 5, 7), dtype: "u8" } }).scoreTerm, "mask");
+    assertEquals(mlaProblem(packed, { bias: zeros(1, 1, 5, 5) }).scoreTerm, "bias");
+  });
+
+  test("takes a mask on a GPU, at any byte, which the reference does not", () => {
+    const attentionMask = gpuMask as unknown as AnyMask;
+    assertEquals(mlaProblem(good, { attentionMask: { ...attentionMask, offset: 1 } as AnyMask }).scoreTerm, "mask");
+    assertThrows(
+      () => floatInputs({ ...good, attentionMask }),
+      FlashMLAError,
+      "attentionMask lies on a GPU, the refer",
+    );
+  });
+
+  test("keeps masks, biases and sinks as they were in a snapshot, but for a mask that a bias overrules", () => {
+    const attentionMask = bytes(1, 1, 5, 7);
+    const softmaxAux = zeros(6);
+    const held = snapshot({ ...good, attentionMask, softmaxAux });
+    const mask = held.attentionMask as MaskTensor;
+    assertEquals([mask.data === attentionMask.data, mask.shape === attentionMask.shape], [true, false]);
+    assertEquals(held.softmaxAux, { ...softmaxAux, dtype: undefined });
+    const both = snapshot({ ...good, attentionMask, bias: zeros(1, 1, 5, 7) });
+    assertEquals([both.bias?.shape, both.attentionMask], [[1, 1, 5, 7], undefined]);
+  });
+
+  test("lets the bias win over the mask", () => {
+    const both = { bias: zeros(1, 1, 5, 7), attentionMask: bytes(1, 1, 5, 7) };
+    assertEquals(mlaProblem(good, both).scoreTerm, "bias");
+    assertEquals(mlaProblem({ ...good, ...both }).scoreTerm, "bias");
+  });
+
+  test("takes masks, biases and sinks among the inputs or the options, or the same ones in both", () => {
+    const tensors = { bias: zeros(1, 1, 5, 7), softmaxAux: zeros(6), attentionMask: bytes(1, 1, 5, 7) };
+    assertEquals(mlaProblem(good, tensors), mlaProblem({ ...good, ...tensors }));
+    assertEquals(mlaProblem({ ...good, ...tensors }, tensors), mlaProblem(good, tensors));
+    assertEquals(allInputs(good, tensors), { ...good, ...tensors });
+    assertEquals(allInputs({ ...good, ...tensors }, {}), { ...good, ...tensors });
+  });
+
+  test("counts the sinks of each head, whatever their shape", () => {
+    const sinks = (...shape: number[]) => mlaProblem(good, { softmaxAux: zeros(...shape) }).sinks;
+    assertEquals([sinks(6), sinks(4), sinks(6, 3), sinks(1, 3), sinks(1), sinks(1, 6)], [1, 4, 3, 3, 1, 6]);
+    const perHead = [[6], [4], [6, 3], [1, 3], [1], [1, 6]].map((shape) => sinksPerHead(shape, 6));
+    assertEquals(perHead, [true, false, true, false, false, false]);
+  });
+
+  test("takes a window w as w to either side, and one of 0 on a side", () => {
+    const window = (slidingWindow: MlaMathOptions["slidingWindow"]) =>
+      mlaProblem(good, { slidingWindow }).slidingWindow;
+    assertEquals([window(3), window([2, 5]), window([0, 0])], [[3, 3], [2, 5], [0, 0]]);
+  });
+
+  test("takes a dropout of rate 0 as none", () => {
+    assertEquals(mlaProblem(good, { dropout: { rate: 0, seed: 4 } }).dropout, null);
+  });
+
+  test("names the element types by tensor where they differ, those of bias and sinks too", () => {
+    const half = { data: new Uint16Array(35), shape: [1, 1, 5, 7], dtype: "f16" as const };
+    const { dtype } = mlaProblem(good, { bias: half, softmaxAux: zeros(6) });
+    assertEquals(dtype, {
+      query: "f32",
+      keyValue: "f32",
+      wKc: "f32",
+      wVc: "f32",
+      bK: "f32",
+      bias: "f16",
+      softmaxAux: "f32",
     });
   });
 
@@ -61,6 +177,7 @@ describe("mlaProblem()", () => {
   test("accepts batches and sequences of length 0", () => {
     const empty = { ...good, query: zeros(0, 5, 6, 6), keyValue: zeros(0, 7, 8), bK: zeros(0, 7, 2) };
     assertEquals(outputShape(mlaProblem(empty)), [0, 5, 6, 9]);
+    assertEquals(lseShape(mlaProblem(empty)), [0, 6, 5]);
     assertEquals(outputShape(mlaProblem({ ...good, query: zeros(2, 0, 6, 6) })), [2, 0, 6, 9]);
     assertEquals(outputShape(mlaProblem({ ...good, keyValue: zeros(2, 0, 8), bK: zeros(2, 0, 2) })), [2, 5, 6, 9]);
   });
@@ -292,12 +409,232 @@ const refusals: [title: string, inputs: object, options: object, message: string
     {},
     "cuSeqlens must be an Int32Array, a Uint32Array or an array of numbers, got null",
   ],
+
+  // Masks and biases.
+  [
+    "a bias of another batch",
+    good,
+    { bias: zeros(3, 6, 5, 7) },
+    "bias has shape [3, 6, 5, 7], expected [batch 1 or 2, queryHeads 1 or 6, queryLength 5, keyLength 7]",
+  ],
+  ["a bias per KV head", good, { bias: zeros(2, 3, 5, 7) }, "bias has shape [2, 3, 5, 7], expected [batch 1 or 2, q"],
+  ["a bias for one query", good, { bias: zeros(2, 6, 1, 7) }, "bias has shape [2, 6, 1, 7], expected"],
+  ["a bias for one key", good, { bias: zeros(2, 6, 5, 1) }, "bias has shape [2, 6, 5, 1], expected"],
+  ["a transposed bias", good, { bias: zeros(2, 6, 7, 5) }, "bias has shape [2, 6, 7, 5], expected"],
+  ["a bias of rank 3", good, { bias: zeros(6, 5, 7) }, "bias has shape [6, 5, 7], expected [batch 1 or 2, "],
+  [
+    "a bias of rank 3 in batch 1",
+    packed,
+    { bias: zeros(6, 5, 5) },
+    "bias has shape [6, 5, 5], expected [batch 1, queryHeads 1 or 6, queryLength 5, keyLength 5]",
+  ],
+  [
+    "a null bias",
+    good,
+    { bias: null },
+    "bias as a tensor: expected { data, shape } or { buffer, shape, dtype }, got null",
+  ],
+  [
+    "a bias of bytes",
+    good,
+    { bias: bytes(1, 1, 5, 7) },
+    "bias as a tensor: data must be a Float32Array, got Uint8Array",
+  ],
+  ["a bias in both places", { ...good, bias: zeros(1, 1, 5, 7) }, { bias: zeros(1, 1, 5, 7) }, "bias is given among t"],
+  [
+    "a mask per KV head",
+    good,
+    { attentionMask: bytes(2, 3, 5, 7) },
+    "attentionMask has shape [2, 3, 5, 7], expected [batch 1 or 2, queryHeads 1 or 6, queryLength 5, keyLength 7]",
+  ],
+  [
+    "a mask for one query",
+    good,
+    { attentionMask: bytes(2, 6, 1, 7) },
+    "attentionMask has shape [2, 6, 1, 7], expected",
+  ],
+  ["a mask for one key", good, { attentionMask: bytes(2, 6, 5, 1) }, "attentionMask has shape [2, 6, 5, 1], expected"],
+  [
+    "a mask of another batch",
+    good,
+    { attentionMask: bytes(3, 1, 5, 7) },
+    "attentionMask has shape [3, 1, 5, 7], expec",
+  ],
+  ["a mask of keys alone", good, { attentionMask: bytes(2, 7) }, "attentionMask has shape [2, 7], expected [batch 1 o"],
+  [
+    "a bad mask beside a bias",
+    good,
+    { bias: zeros(1, 1, 5, 7), attentionMask: bytes(2, 7) },
+    "attentionMask has shape [2, 7], expected",
+  ],
+  [
+    "a mask of floats",
+    good,
+    { attentionMask: zeros(2, 6, 5, 7) },
+    "attentionMask as a mask: data must be a Uint8Array (non-zero is visible), got Float32Array",
+  ],
+  [
+    "a mask of booleans",
+    good,
+    { attentionMask: { data: Array(35).fill(true), shape: [1, 1, 5, 7] } },
+    "attentionMask as a mask: data must be a Uint8Array (non-zero is visible), got an array of 35",
+  ],
+  [
+    "a mask of signed bytes",
+    good,
+    { attentionMask: { data: new Int8Array(35), shape: [1, 1, 5, 7] } },
+    "attentionMask as a mask: data must be a Uint8Array (non-zero is visible), got Int8Array",
+  ],
+  [
+    "a mask of clamped bytes",
+    good,
+    { attentionMask: { data: new Uint8ClampedArray(35), shape: [1, 1, 5, 7] } },
+    "attentionMask as a mask: data must be a Uint8Array (non-zero is visible), got Uint8ClampedArray",
+  ],
+  [
+    "a mask that says f32",
+    good,
+    { attentionMask: { ...bytes(1, 1, 5, 7), dtype: "f32" } },
+    'attentionMask as a mask: dtype must be "u8", got "f32"',
+  ],
+  [
+    "a mask of too few bytes",
+    good,
+    { attentionMask: { data: new Uint8Array(34), shape: [1, 1, 5, 7] } },
+    "attentionMask as a mask: shape [1,1,5,7] needs 35 elements, data has 34",
+  ],
+  [
+    "a mask that is none",
+    good,
+    { attentionMask: true },
+    "attentionMask as a mask: expected { data, shape } with data a U",
+  ],
+  [
+    "a null mask",
+    good,
+    { attentionMask: null },
+    "attentionMask as a mask: expected { data, shape } with data a Uint8A",
+  ],
+  [
+    "a mask in both places",
+    { ...good, attentionMask: bytes(1, 1, 5, 7) },
+    { attentionMask: bytes(1, 1, 5, 7) },
+    "attentionMask is given among the inputs and among the options; give one",
+  ],
+
+  // Masks on a GPU, of 35 bytes.
+  [
+    "a GPU mask of floats",
+    good,
+    { attentionMask: { ...gpuMask, dtype: "f32" } },
+    'attentionMask as a mask: dtype must be "u8", got "f32"',
+  ],
+  [
+    "a GPU mask without a buffer",
+    good,
+    { attentionMask: { ...gpuMask, buffer: null } },
+    "attentionMask as a mask: buffer must be a GPUBuffer, got null",
+  ],
+  [
+    "a GPU mask past its buffer's end",
+    good,
+    { attentionMask: { ...gpuMask, offset: 2 } },
+    "attentionMask as a mask: shape [1,1,5,7] in u8 at offset 2 needs a buffer of 40 bytes (37 rounded up to 4), got 36",
+  ],
+  [
+    "a GPU mask at half a byte",
+    good,
+    { attentionMask: { ...gpuMask, offset: 0.5 } },
+    'attentionMask as a mask: offset must be a multiple of 1 bytes for dtype "u8", got 0.5',
+  ],
+  [
+    "a GPU mask that kernels cannot read",
+    good,
+    { attentionMask: { ...gpuMask, buffer: { size: 36, usage: 8 } } },
+    "attentionMask as a mask: buffer must have usage STORAGE, got usage 0x8",
+  ],
+  ["a GPU mask that is gone", good, { attentionMask: { ...gpuMask, disposed: true } }, "as a mask: it was disposed of"],
+
+  // Sinks.
+  [
+    "sinks for other heads",
+    good,
+    { softmaxAux: zeros(3, 2) },
+    "softmaxAux has shape [3, 2], expected [n] shared by all heads, [6] one per head, [6, n] or [1, n]",
+  ],
+  [
+    "sinks in columns",
+    good,
+    { softmaxAux: zeros(2, 6) },
+    "softmaxAux has shape [2, 6], expected [n] shared by all heads",
+  ],
+  ["sinks of rank 0", good, { softmaxAux: zeros() }, "softmaxAux has shape [], expected [n] shared by all heads"],
+  ["sinks of rank 3", good, { softmaxAux: zeros(1, 6, 2) }, "softmaxAux has shape [1, 6, 2], expected [n] shared"],
+  ["sinks in an array", good, { softmaxAux: [1, 2] }, "softmaxAux as a tensor: expected { data, shape } or"],
+  [
+    "sinks in both places",
+    { ...good, softmaxAux: zeros(6) },
+    { softmaxAux: zeros(6) },
+    "softmaxAux is given among the",
+  ],
+
+  // Soft caps.
+  ...[0, -1, -0, NaN, Infinity, 1e39, 1e-50, "3", null].map((cap): typeof refusals[number] => [
+    `a soft cap of ${Object.is(cap, -0) ? "minus 0" : typeof cap === "string" ? "text" : cap}`,
+    good,
+    { logitsSoftCap: cap },
+    `logitsSoftCap must be a finite float32 number above 0, got ${typeof cap === "string" ? '"3"' : String(cap)}`,
+  ]),
+
+  // Windows.
+  ...[0, -1, 2.5, NaN, Infinity, 2 ** 53].map((window): typeof refusals[number] => [
+    `a window of ${window}`,
+    good,
+    { slidingWindow: window },
+    `slidingWindow must be a whole number above 0 or a pair [left, right], got ${window}`,
+  ]),
+  ["a window of one side", good, { slidingWindow: [3] }, "or a pair [left, right], got an array of 1"],
+  ["a window of three sides", good, { slidingWindow: [1, 2, 3] }, "or a pair [left, right], got an array of 3"],
+  ["a window in a string", good, { slidingWindow: "4" }, 'or a pair [left, right], got "4"'],
+  ["a null window", good, { slidingWindow: null }, "or a pair [left, right], got null"],
+  ["a negative side", good, { slidingWindow: [2, -1] }, "slidingWindow [2, -1] must hold whole numbers from 0"],
+  ["a fractional side", good, { slidingWindow: [0.5, 1] }, "slidingWindow [0.5, 1] must hold whole numbers from 0"],
+  ["a side in a string", good, { slidingWindow: ["1", 1] }, 'slidingWindow ["1", 1] must hold whole numbers from 0'],
+  ["an endless side", good, { slidingWindow: [Infinity, 0] }, "slidingWindow [Infinity, 0] must hold whole numbers fr"],
+  [
+    "a missing side",
+    good,
+    { slidingWindow: [3, undefined] },
+    "slidingWindow [3, undefined] must hold whole numbers fr",
+  ],
+
+  // Dropout.
+  ...[1, 1.5, -0.1, NaN, "0.5", undefined].map((rate): typeof refusals[number] => [
+    `a dropout rate of ${rate}`,
+    good,
+    { dropout: { rate, seed: 0 } },
+    `dropout.rate must be from 0 up to but not including 1, got ${typeof rate === "string" ? '"0.5"' : rate}`,
+  ]),
+  ...[-1, 0.5, 2 ** 53, NaN, "1", undefined].map((seed): typeof refusals[number] => [
+    `a dropout seed of ${seed}`,
+    good,
+    { dropout: { rate: 0.1, seed } },
+    `dropout.seed must be a whole number from 0 to 2^53 - 1, got ${typeof seed === "string" ? '"1"' : seed}`,
+  ]),
+  ["a bare dropout rate", good, { dropout: 0.1 }, "dropout must be { rate, seed }, got 0.1"],
+  ["a null dropout", good, { dropout: null }, "dropout must be { rate, seed }, got null"],
 ];
 
 describe("mlaProblem() refuses", () => {
   for (const [title, inputs, options, message] of refusals) {
     test(title, () => assertRefused(inputs, options, message));
   }
+
+  test("bad options of a call without a single pair", () => {
+    const nothing = { ...packed, query: zeros(1, 0, 6, 4), keyValue: zeros(1, 0, 8), cuSeqlens: [0] };
+    assertRefused(nothing, { logitsSoftCap: 0 }, "logitsSoftCap must be a finite float32 number above 0, got 0");
+    assertRefused(nothing, { bias: zeros(1, 1, 0, 1) }, "bias has shape [1, 1, 0, 1], expected [batch 1, ");
+  });
 
   test("no inputs", () => assertRefused(null, {}, "inputs must be an object of tensors, got null"));
   test("null options", () => assertRefused(good, null, "options must be an object, got null"));

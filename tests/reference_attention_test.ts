@@ -4,6 +4,7 @@ import { type HostInputs, type MlaMathOptions, mlaProblem } from "../src/op/mla_
 import { elementCount, type Tensor, tensor } from "../src/op/tensor.ts";
 import { referenceMlaAttention } from "../src/reference/mla_attention.ts";
 import { agreesWith, attentionProperties } from "./support/attention_properties.ts";
+import { denseAttentionWithLse } from "./support/dense_attention.ts";
 import { assertClose } from "./support/metrics.ts";
 import { normals, randomTensor } from "./support/random_problem.ts";
 
@@ -11,63 +12,11 @@ function reference(inputs: HostInputs, options: MlaMathOptions = {}): Tensor {
   return referenceMlaAttention(inputs, mlaProblem(inputs, options));
 }
 
-// The second oracle: dense, three passes per row, written from the formulas alone. It shares no code with the first.
-function denseAttention(inputs: HostInputs, options: MlaMathOptions): Tensor {
-  const { query, keyValue, wKc, wVc, bQ, bK, cuSeqlens } = inputs;
-  const at = (t: Tensor, ...index: number[]) => t.data[index.reduce((flat, i, axis) => flat * t.shape[axis] + i, 0)];
-  const sumOver = (n: number, term: (i: number) => number) => {
-    let sum = 0;
-    for (let i = 0; i < n; i++) sum += term(i);
-    return sum;
-  };
-  const [B, Sq, H] = query.shape;
-  const [, Sk, L] = keyValue.shape;
-  const [, G, P] = wKc.shape;
-  const V = wVc.shape[2];
-  const R = bK?.shape[2] ?? 0;
-  const scale = options.softmaxScale ?? (P + R) ** -0.5;
-  const sequenceOf = (position: number) => {
-    for (let n = 0; cuSeqlens !== undefined && n + 1 < cuSeqlens.length; n++) {
-      if (cuSeqlens[n] <= position && position < cuSeqlens[n + 1]) return n;
-    }
-    return -1;
-  };
-  const sees = (i: number, j: number) =>
-    (!options.causal || j <= i + Sk - Sq) && (cuSeqlens === undefined || sequenceOf(i) === sequenceOf(j));
-
-  const out: number[] = [];
-  for (let b = 0; b < B; b++) {
-    for (let i = 0; i < Sq; i++) {
-      for (let h = 0; h < H; h++) {
-        const g = Math.floor(h * G / H);
-        const keys = Array.from({ length: Sk }, (_, j) => j).filter((j) => sees(i, j));
-        const scores = keys.map((j) => {
-          const nope = sumOver(
-            P,
-            (p) => at(query, b, i, h, p) * sumOver(L, (l) => at(keyValue, b, j, l) * at(wKc, l, g, p)),
-          );
-          const rope = sumOver(R, (r) => (bQ ? at(bQ, b, i, r) : at(query, b, i, h, P + r)) * at(bK!, b, j, r));
-          return scale * (nope + rope);
-        });
-        const top = Math.max(...scores);
-        const weights = scores.map((score) => Math.exp(score - top));
-        const total = sumOver(weights.length, (j) => weights[j]);
-        for (let v = 0; v < V; v++) {
-          const mixed = sumOver(
-            keys.length,
-            (k) => weights[k] * sumOver(L, (l) => at(keyValue, b, keys[k], l) * at(wVc, l, g, v)),
-          );
-          out.push(keys.length === 0 ? 0 : mixed / total);
-        }
-      }
-    }
-  }
-  return tensor(Float32Array.from(out), [B, Sq, H, V]);
-}
+const dense: typeof reference = (inputs, options = {}) => denseAttentionWithLse(inputs, options).output;
 
 describe("referenceMlaAttention()", () => {
   test("agrees with a dense formula on random problems", () =>
-    agreesWith(denseAttention)(reference, { runs: 400, tolerance: 1e-6 }));
+    agreesWith(dense)(reference, { runs: 400, tolerance: 1e-6 }));
 
   for (const { name, check } of attentionProperties) {
     test(`holds: ${name}`, () => check(reference, { runs: 200, tolerance: 1e-6 }));
@@ -159,6 +108,6 @@ describe("referenceMlaAttention() on worked examples", () => {
       wVc: randomTensor([33, 1, 41], random),
       bK: randomTensor([1, 301, 17], random),
     };
-    assertClose(reference(inputs, { causal: true }), denseAttention(inputs, { causal: true }), { relL2: 1e-6 });
+    assertClose(reference(inputs, { causal: true }), dense(inputs, { causal: true }), { relL2: 1e-6 });
   });
 });

@@ -86,6 +86,12 @@ describe("Invocation.cacheKey()", () => {
     assertMatch(key.candidates, /^[0-9a-f]{16}$/);
   });
 
+  test("says when an operation is measured without the gradients that it has", async () => {
+    const made = invocation("exact", { bucket: "f16 P128" });
+    assertEquals((await made.cacheKey([], { forwardOnly: true })).bucket, "f16 P128, forward only");
+    assertEquals(await made.cacheKey([], { forwardOnly: false }), await made.cacheKey([]));
+  });
+
   test("is shared by signatures of one bucket, and by no other candidate list", async () => {
     const key = await invocation(1000).cacheKey([{ tile: 1 }, { tile: 2 }]);
     assertEquals(await invocation(1024).cacheKey([{ tile: 1 }, { tile: 2 }]), key);

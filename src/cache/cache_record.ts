@@ -33,6 +33,11 @@ export interface CacheRecord<Cfg> {
   readonly cfg: Cfg;
   /** Every candidate's result. */
   readonly timings: readonly CandidateTiming<Cfg>[];
+  /**
+   * Why the candidates were timed and checked forward alone although their gradients were asked for: no candidate could
+   * compute them. Absent otherwise.
+   */
+  readonly withoutBackward?: string;
   /** `timestamp` for GPU timestamp queries, `wall` for the host clock. */
   readonly timingMethod: "timestamp" | "wall";
   /** Version of the library that measured. */

@@ -68,12 +68,13 @@ async function sha256(text: string): Promise<string> {
 export function encodeRecord<Cfg>(record: CacheRecord<Cfg>): Uint8Array | null {
   let bytes = encodeJson(record);
   if (bytes === null || bytes.length <= MAX_VALUE_BYTES) return bytes;
+  const withoutBackward = record.withoutBackward?.slice(0, 80);
   let timings: readonly CandidateTiming<Cfg>[] = record.timings.map((timing) => ({
     ...timing,
     rejected: timing.rejected === null ? null : timing.rejected.slice(0, 80),
   }));
   for (;;) {
-    bytes = encodeJson({ ...record, timings });
+    bytes = encodeJson({ ...record, withoutBackward, timings });
     if (bytes === null || bytes.length <= MAX_VALUE_BYTES) return bytes;
     if (timings.length === 0) return null;
     const measured = timings.filter((timing) => timing.ms !== null).sort((a, b) => a.ms! - b.ms!);
@@ -109,6 +110,7 @@ function isRecord<Cfg>(value: unknown): value is CacheRecord<Cfg> {
   if (!isObject(value) || !isConfig(value.cfg) || !Array.isArray(value.timings)) return false;
   return value.timings.every(isTiming) &&
     (value.timingMethod === "timestamp" || value.timingMethod === "wall") &&
+    (value.withoutBackward === undefined || typeof value.withoutBackward === "string") &&
     typeof value.libraryVersion === "string" && typeof value.date === "string";
 }
 

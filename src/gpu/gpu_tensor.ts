@@ -3,6 +3,7 @@
 import { FlashMLAError } from "../op/errors.ts";
 import { halfBits, halfTensor, toFloats, zeros } from "../op/half.ts";
 import {
+  checkMask,
   checkShape,
   checkTensor,
   denseStrides,
@@ -13,6 +14,8 @@ import {
   type HostTensor,
   isGpuTensor,
   kindOf,
+  type MaskTensor,
+  type OwnedGpuMask,
   type OwnedGpuTensor,
   spanElements,
   type Tensor,
@@ -22,26 +25,30 @@ import { type GpuContext, gpuContext, unlessLost } from "./device.ts";
 import { foreignBuffer, inErrorScopes } from "./error_scopes.ts";
 import { settled } from "./settled.ts";
 
+/** How the elements of a tensor on a GPU are stored. */
+type Stored = "f32" | "f16" | "u8";
+
 /** Allocates a dense tensor with arbitrary elements. */
-function allocateTensor(
+function allocateTensor<Type extends Stored>(
   context: GpuContext,
   shape: readonly number[],
-  dtype: "f32" | "f16",
-): OwnedGpuTensor {
-  const bytes = Math.max(4, Math.ceil(elementCount(shape) * elementBytes(dtype) / 4) * 4);
+  dtype: Type,
+): PooledTensor<Type> {
+  const elementSize = dtype === "u8" ? 1 : elementBytes(dtype as "f32" | "f16");
+  const bytes = Math.max(4, Math.ceil(elementCount(shape) * elementSize / 4) * 4);
   return new PooledTensor(context, context.buffers.acquire("storage", bytes), [...shape], dtype);
 }
 
 /** A tensor in a buffer of the device's pool. */
-class PooledTensor implements OwnedGpuTensor {
+class PooledTensor<Type extends Stored> {
   readonly buffer: GPUBuffer;
   readonly shape: readonly number[];
-  readonly dtype: "f32" | "f16";
+  readonly dtype: Type;
   readonly device: GPUDevice;
   readonly #context: GpuContext;
   #disposed = false;
 
-  constructor(context: GpuContext, buffer: GPUBuffer, shape: readonly number[], dtype: "f32" | "f16") {
+  constructor(context: GpuContext, buffer: GPUBuffer, shape: readonly number[], dtype: Type) {
     this.buffer = buffer;
     this.shape = shape;
     this.dtype = dtype;
@@ -141,13 +148,13 @@ export function viewOnGpu(tensor: GpuTensor, options: ViewOptions): GpuTensor {
  *
  * @throws {FlashMLAError} When the device has no memory left, or refuses the step; the tensor is given back then.
  */
-export async function allocated(
+export async function allocated<Type extends Stored>(
   context: GpuContext,
   shape: readonly number[],
-  dtype: "f32" | "f16",
-  step: (tensor: OwnedGpuTensor) => void = () => {},
-): Promise<OwnedGpuTensor> {
-  let made: OwnedGpuTensor | undefined;
+  dtype: Type,
+  step: (tensor: { readonly buffer: GPUBuffer }) => void = () => {},
+): Promise<PooledTensor<Type>> {
+  let made: PooledTensor<Type> | undefined;
   try {
     return await unlessLost(context, () =>
       inErrorScopes(context, "hold a tensor", () => {
@@ -177,7 +184,33 @@ export async function allocated(
  * using wKc = await toGpu(tensor(new Float32Array(512 * 16 * 128), [512, 16, 128]));
  * ```
  */
-export async function toGpu(tensor: HostTensor, device?: GPUDevice): Promise<OwnedGpuTensor> {
+export function toGpu(tensor: HostTensor, device?: GPUDevice): Promise<OwnedGpuTensor>;
+/**
+ * Copies an attention mask to a GPU, to be used by many calls.
+ *
+ * @param mask The mask, bytes on the host.
+ * @param device The device; the process's own when absent.
+ * @returns The mask on the device, dense. The caller disposes of it.
+ */
+export function toGpu(mask: MaskTensor, device?: GPUDevice): Promise<OwnedGpuMask>;
+export async function toGpu(
+  tensor: HostTensor | MaskTensor,
+  device?: GPUDevice,
+): Promise<OwnedGpuTensor | OwnedGpuMask> {
+  if (tensor?.data instanceof Uint8Array) {
+    const mask = tensor as MaskTensor;
+    checkMask("mask", mask);
+    const context = await gpuContext(device);
+    const words = new Uint8Array(Math.ceil(mask.data.length / 4) * 4);
+    words.set(mask.data);
+    return await allocated(context, mask.shape, "u8", ({ buffer }) => {
+      if (words.length > 0) context.device.queue.writeBuffer(buffer, 0, words);
+    });
+  }
+  return await tensorToGpu(tensor as HostTensor, device);
+}
+
+async function tensorToGpu(tensor: HostTensor, device?: GPUDevice): Promise<OwnedGpuTensor> {
   checkTensor("tensor", tensor);
   if (isGpuTensor(tensor)) {
     throw new FlashMLAError("invalid-input", "Cannot copy tensor to the GPU: it lies on a GPU already");

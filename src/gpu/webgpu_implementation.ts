@@ -4,8 +4,9 @@
 import type { FlashMLAConfig } from "../op/config.ts";
 import { FlashMLAError } from "../op/errors.ts";
 import { toFloats, writeFloats, zeros } from "../op/half.ts";
-import type { EncodedCall, MlaImplementation, MlaTarget, MlaTrial } from "../op/implementation.ts";
+import type { EncodedCall, MlaImplementation, MlaTarget, MlaTrial, TrialOptions } from "../op/implementation.ts";
 import type { MlaEvent } from "../op/mla_event.ts";
+import type { MlaGradients } from "../op/mla_gradients.ts";
 import { lseShape, type MlaInputs, type MlaProblem, outputShape, tensorNames } from "../op/mla_problem.ts";
 import { type Piece, pieces, type ResultTensors } from "../op/pieces.ts";
 import {
@@ -127,6 +128,10 @@ class WebGpuTarget implements MlaTarget {
     return { output: result, lse };
   }
 
+  backward(): Promise<MlaGradients> {
+    return Promise.reject(missing("the backward pass"));
+  }
+
   async encode(
     encoder: GPUCommandEncoder,
     problem: MlaProblem,
@@ -149,7 +154,13 @@ class WebGpuTarget implements MlaTarget {
   }
 
   /** A call too large for one piece is timed by its first piece. Trials of one call share its memory. */
-  async trial(problem: MlaProblem, inputs: MlaInputs, cfg: FlashMLAConfig): Promise<MlaTrial> {
+  async trial(
+    problem: MlaProblem,
+    inputs: MlaInputs,
+    cfg: FlashMLAConfig,
+    { backward = false }: TrialOptions = {},
+  ): Promise<MlaTrial> {
+    if (backward) throw missing("the backward pass");
     const [piece] = this.#pieces(problem, inputs);
     const timing = await timingMethod(this.#context);
     const { prepared, dispose } = await this.#prepare(piece, cfg, { out: resultType(inputs) }, { sharer: inputs });
@@ -282,6 +293,10 @@ class WebGpuTarget implements MlaTarget {
       // A listener's failure is no reason to stop computing.
     }
   }
+}
+
+function missing(what: string): FlashMLAError {
+  return new FlashMLAError("device", `Cannot run MLA on platform "webgpu": ${what} is not implemented yet`);
 }
 
 /** The devices whose users were told that halves are converted: once each. */

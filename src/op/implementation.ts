@@ -1,6 +1,8 @@
 // What a platform offers to the operation: a target to run on, and the configurations that it knows.
 
+import type { AttentionState } from "./attention_state.ts";
 import type { FlashMLAConfig } from "./config.ts";
+import type { HostGradients, MlaGradients } from "./mla_gradients.ts";
 import type { MlaInputs, MlaProblem } from "./mla_problem.ts";
 import type { Backend, Platform } from "./platform.ts";
 import type { MlaEvent } from "./mla_event.ts";
@@ -12,10 +14,21 @@ export interface MlaTrial {
   readonly timingMethod: "timestamp" | "wall";
   /** Runs once and returns the result in float32; a caller's output tensor is not touched. */
   output(): Promise<Tensor>;
-  /** Runs `repeats` times back to back; milliseconds for all of them together. */
+  /**
+   * The gradients in float32 for the output's gradient of `tuningGradOutput()`, the same one on every platform; missing
+   * unless the trial was made with `backward`.
+   */
+  gradients?(): Promise<HostGradients>;
+  /** Runs `repeats` times back to back, with `backward` forward and backward; milliseconds for all of them together. */
   time(repeats: number): Promise<number>;
   /** Frees what the trial holds. */
   dispose(): void;
+}
+
+/** How a trial is made. */
+export interface TrialOptions {
+  /** Whether it runs backward too. Default `false`. */
+  readonly backward?: boolean;
 }
 
 /** A call recorded into a caller's encoder. */
@@ -42,6 +55,25 @@ export interface MlaTarget {
   candidateCfgs(problem: MlaProblem): readonly FlashMLAConfig[];
   /** Runs a call. The result is `out`, written in place, or like the query: its element type, its side. */
   run(problem: MlaProblem, inputs: MlaInputs, cfg: FlashMLAConfig, out?: AnyTensor): Promise<AnyTensor>;
+  /** Runs a call and keeps the log-sum-exp, which lies on the result's side. */
+  runWithLse(problem: MlaProblem, inputs: MlaInputs, cfg: FlashMLAConfig, out?: AnyTensor): Promise<AttentionState>;
+  /**
+   * Computes the gradients of a call that was run.
+   *
+   * @param problem The problem.
+   * @param inputs The call's tensors, with the data that they had.
+   * @param cfg The configuration.
+   * @param saved What {@link MlaTarget.runWithLse} gave, unchanged.
+   * @param gradOutput The gradient of the output, of its shape; any element type, any side that the platform reads.
+   * @returns One gradient for each tensor of numbers among the inputs, like its tensor; bfloat16 gives float32.
+   */
+  backward(
+    problem: MlaProblem,
+    inputs: MlaInputs,
+    cfg: FlashMLAConfig,
+    saved: AttentionState,
+    gradOutput: AnyTensor,
+  ): Promise<MlaGradients>;
   /** Records a call into a caller's encoder; missing where there is none. */
   encode?(
     encoder: GPUCommandEncoder,
@@ -50,8 +82,8 @@ export interface MlaTarget {
     cfg: FlashMLAConfig,
     out?: GpuTensor,
   ): Promise<EncodedCall>;
-  /** Makes a configuration ready to be timed on a call. */
-  trial(problem: MlaProblem, inputs: MlaInputs, cfg: FlashMLAConfig): Promise<MlaTrial>;
+  /** Makes a configuration ready to be timed on a call; throws where it cannot run, backward when that is asked for. */
+  trial(problem: MlaProblem, inputs: MlaInputs, cfg: FlashMLAConfig, options?: TrialOptions): Promise<MlaTrial>;
   /** Milliseconds of a piece of known work that follow the device's clock, or null where there is no such thing. */
   probe(): Promise<number | null>;
 }

@@ -1,6 +1,7 @@
 // Lengths as far as tuning looks at them: up to the next power of two.
 
 import type { MlaProblem } from "./mla_problem.ts";
+import { reach } from "./segments.ts";
 
 /** The smallest power of two that is not below `n`; 0 for 0. */
 export function ceilPowerOfTwo(n: number): number {
@@ -31,5 +32,20 @@ export function lengthBucket(problem: MlaProblem): string {
     `Hq${queryHeads} Hkv${kvHeads} L${kvLoraRank} P${qkNopeHeadDim} R${qkRopeHeadDim} V${vHeadDim}`,
     `rope ${rope}`,
     causal ? "causal" : "full",
+    ...extras(problem),
   ].join(", ");
+}
+
+/** The options that change what a kernel does, where a call has them. Their values do not, but for those of a window. */
+function extras(problem: MlaProblem): string[] {
+  const { logitsSoftCap, slidingWindow, scoreTerm, sinks, dropout, keyLength } = problem;
+  const side = (keys: number) => ceilPowerOfTwo(Math.min(keys, keyLength));
+  const [left, right] = reach(problem);
+  return [
+    ...(slidingWindow === null ? [] : [`window ${side(left)} ${side(right)}`]),
+    ...(logitsSoftCap === null ? [] : ["soft cap"]),
+    ...(scoreTerm === "none" ? [] : [scoreTerm]),
+    ...(sinks === 0 ? [] : [`${sinks} sinks`]),
+    ...(dropout === null ? [] : ["dropout"]),
+  ];
 }

@@ -53,6 +53,9 @@ export type HostInputs = MlaInputs<Tensor>;
 /** The name of a tensor of numbers among the inputs. */
 export type TensorName = "query" | "keyValue" | "wKc" | "wVc" | "bQ" | "bK" | "bias" | "softmaxAux";
 
+/** A bias at or below this hides its key, as minus infinity does: programs mask with the lowest float32, too. */
+export const hidingBias = -2e38;
+
 /** The names of the tensors of numbers among the inputs: those that have gradients. */
 export const tensorNames: readonly TensorName[] = [
   ...["query", "keyValue", "wKc", "wVc", "bQ", "bK", "bias", "softmaxAux"] as const,
@@ -76,7 +79,7 @@ export interface MlaMathOptions {
   readonly slidingWindow?: number | readonly [left: number, right: number];
   /**
    * Added to the scores after scaling and capping, `[batch or 1, queryHeads or 1, queryLength, keyLength]`. Minus infinity
-   * hides a key.
+   * hides a key, and so does whatever lies at or below −2e38, such as the lowest float32.
    */
   readonly bias?: AnyTensor;
   /** Which keys are visible (non-zero), `[batch or 1, queryHeads or 1, queryLength, keyLength]`. Ignored beside a bias. */
@@ -385,14 +388,18 @@ function checkScoreTerm(
   );
 }
 
-/** The sinks of each head. */
-function checkSinks(softmaxAux: AnyTensor, queryHeads: number): number {
+/** The sinks of each head; `refuse` throws, saying what is wrong with the tensor. */
+export function checkSinks(
+  softmaxAux: AnyTensor,
+  queryHeads: number,
+  refuse: (why: string) => never = fail,
+): number {
   checkTensor("softmaxAux", softmaxAux);
   const { shape } = softmaxAux;
   const [first, last] = [shape[0], shape[shape.length - 1]];
   if (shape.length === 1) return first === queryHeads ? 1 : first;
   if (shape.length === 2 && [1, queryHeads].includes(first)) return last;
-  return fail(
+  return refuse(
     `softmaxAux has shape [${shape.join(", ")}], expected [n] shared by all heads, [${queryHeads}] one per head, ` +
       `[${queryHeads}, n] or [1, n]`,
   );

@@ -111,6 +111,18 @@ export interface OwnedGpuTensor extends GpuTensor {
   [Symbol.dispose](): void;
 }
 
+/** A mask on a GPU that the library allocated: the caller gives it back. */
+export interface OwnedGpuMask extends GpuMaskTensor {
+  /** The device of the buffer. */
+  readonly device: GPUDevice;
+  /** True once the buffer was given back. */
+  readonly disposed: boolean;
+  /** Gives the buffer back; work that was submitted before still sees it. Calling it twice does no harm. */
+  dispose(): void;
+  /** The same as `dispose`, for `using`. */
+  [Symbol.dispose](): void;
+}
+
 /**
  * Makes a host tensor and checks that the data fill the shape exactly. Nothing is copied.
  *

@@ -1,6 +1,7 @@
 // The gradients' oracle: explicit formulas in plain TypeScript, in double precision from the inputs alone.
 // Memory beyond the inputs and gradients is that of one KV head of one segment, and one row of scores.
 
+import type { HostGradients } from "../op/mla_gradients.ts";
 import { type HostInputs, mapTensors, type MlaProblem, type TensorName } from "../op/mla_problem.ts";
 import { segments } from "../op/segments.ts";
 import { elementCount, type Tensor } from "../op/tensor.ts";
@@ -8,8 +9,7 @@ import { attendBackward } from "./attend_backward.ts";
 import { expand } from "./expand.ts";
 import { expandBackward } from "./expand_backward.ts";
 
-/** Gradients by the name of the tensor that they are of; of those tensors that a call has. */
-export type HostGradients = Readonly<Partial<Record<TensorName, Tensor>>>;
+export type { HostGradients };
 
 /**
  * The gradients of Σ output · gradOutput.
@@ -52,5 +52,5 @@ export function referenceMlaAttentionBackward(
     gradients[name] = { data: Float32Array.from(sums[name]), shape: [...tensor.shape] };
     return tensor;
   });
-  return gradients;
+  return gradients as HostGradients;
 }

@@ -4,10 +4,10 @@
 //   z_j = cap · tanh(x_j / cap)                                   with a soft cap, else x_j
 //   s_j = z_j + bias[j],   or −∞ where the mask hides j,   else z_j
 //
-// Keys outside the window and past the causal diagonal are never read, nor is what the mask hides: no product can carry
-// their NaN.
+// Keys outside the window and past the causal diagonal are never read, nor is what the mask or a bias of −∞ hides: no
+// product can carry their NaN.
 
-import { type HostInputs, type MlaProblem } from "../op/mla_problem.ts";
+import { hidingBias, type HostInputs, type MlaProblem } from "../op/mla_problem.ts";
 import { type KeyRange, type Segment, visibleKeys } from "../op/segments.ts";
 import type { MaskTensor } from "../op/tensor.ts";
 import type { ExpandedHead } from "./expand.ts";
@@ -62,7 +62,7 @@ export function headScores(
       const term = termRow(row);
       for (let key = range.start; key < range.end; key++) {
         const j = key - segment.keyStart;
-        if (mask !== null && mask[term + key] === 0) {
+        if (mask !== null ? mask[term + key] === 0 : bias !== null && bias[term + key] <= hidingBias) {
           score[j] = -Infinity;
           continue;
         }

@@ -1,4 +1,4 @@
-import { cacheKeyText, type CacheRecord } from "../cache/cache_record.ts";
+import { cacheKeyText, type CacheRecord, type CandidateTiming } from "../cache/cache_record.ts";
 import { type ConfigCache, measuredConfig } from "../cache/config_cache.ts";
 import type { PersistentCache } from "../cache/persistent_cache.ts";
 import { FlashMLAError } from "../op/errors.ts";
@@ -63,19 +63,20 @@ export class AutotuneOnce<Cfg> {
   }
 
   async #measureNow<Call, Out>(call: Descent<Call, Cfg, Out>): Promise<CacheRecord<Cfg>> {
-    const { kernel, invocation, candidates, context } = call;
+    const { kernel, invocation, candidates, context, policy } = call;
     const start = performance.now();
     call.emit({ type: "autotune_start", candidates: candidates.length });
     try {
-      const record = await this.#tuner.tune(kernel, invocation, candidates, (timing) => {
-        call.emit({ type: "autotune_candidate", ...timing });
-      });
+      const onCandidate = (timing: CandidateTiming<Cfg>) => call.emit({ type: "autotune_candidate", ...timing });
+      const { validateBackward } = policy;
+      const record = await this.#tuner.tune(kernel, invocation, candidates, onCandidate, { validateBackward });
       this.#cache.put(context.key, measuredConfig("autotune", record));
       // Also when there was no time for a rival: each process on a slow device would spend the same budget again.
       await this.#persistent?.put(context.key, record);
-      const { cfg, timings } = record;
+      const { cfg, timings, withoutBackward } = record;
       const ms = Math.min(...timings.map((timing) => timing.ms ?? Infinity));
-      call.emit({ type: "autotune_finish", cfg, ms, timings, elapsedMs: performance.now() - start });
+      const elapsedMs = performance.now() - start;
+      call.emit({ type: "autotune_finish", cfg, ms, timings, elapsedMs, ...(withoutBackward && { withoutBackward }) });
       return record;
     } catch (error) {
       // A lost device says nothing about the candidates.

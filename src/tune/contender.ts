@@ -1,5 +1,6 @@
 import type { CandidateTiming } from "../cache/cache_record.ts";
 import { type ClockProbe, median } from "./clock_probe.ts";
+import type { TrialOptions } from "../op/implementation.ts";
 import { messageOf } from "./descent.ts";
 import type { Invocation } from "./invocation.ts";
 import type { Kernel, Trial } from "./kernel.ts";
@@ -33,14 +34,14 @@ const GROWTH = 4;
 const MAX_REPEATS = 1 << 14;
 
 /** One candidate on its way through the tuner: made ready, checked, warmed up, timed, and released. */
-export class Contender<Cfg, Out> {
+export class Contender<Cfg, Out, Gradients> {
   /** The candidate. */
   readonly cfg: Cfg;
   readonly #limits: TimingLimits;
   readonly #grain: ClockGrain;
   readonly #samples: { readonly ms: number; readonly clock: number | null }[] = [];
-  #trial: Trial<Out> | null = null;
-  #timingMethod: Trial<Out>["timingMethod"] = "wall";
+  #trial: Trial<Out, Gradients> | null = null;
+  #timingMethod: "timestamp" | "wall" = "wall";
   #runMs = 0;
   #spentMs = 0;
   #rejected: string | null = null;
@@ -75,7 +76,7 @@ export class Contender<Cfg, Out> {
   }
 
   /** How its samples were timed. */
-  get timingMethod(): Trial<Out>["timingMethod"] {
+  get timingMethod(): "timestamp" | "wall" {
     return this.#timingMethod;
   }
 
@@ -84,11 +85,15 @@ export class Contender<Cfg, Out> {
     return this.samples >= this.#limits.iters || this.#spentMs >= this.#limits.budgetMs;
   }
 
-  /** Compiles the candidate; a failure rejects it. */
-  async prepare<Call>(kernel: Kernel<Call, Cfg, Out>, invocation: Invocation<Call>): Promise<void> {
+  /** Compiles the candidate, its gradients too if they are wanted; a failure rejects it. */
+  async prepare<Call>(
+    kernel: Kernel<Call, Cfg, Out, unknown, Gradients>,
+    invocation: Invocation<Call>,
+    options: TrialOptions,
+  ): Promise<void> {
     try {
       kernel.checkCfg(invocation, this.cfg);
-      this.#trial = await kernel.trial(invocation, this.cfg);
+      this.#trial = await kernel.trial(invocation, this.cfg, options);
       this.#timingMethod = this.#trial.timingMethod;
     } catch (error) {
       this.fail(error);
@@ -98,6 +103,13 @@ export class Contender<Cfg, Out> {
   /** Runs the candidate once and returns its result. */
   output(): Promise<Out> {
     return this.#ready().output();
+  }
+
+  /** Runs the candidate backward once and returns its gradients. */
+  async gradients(): Promise<Gradients> {
+    const trial = this.#ready();
+    if (trial.gradients === undefined) throw new Error("its trial has no gradients");
+    return await trial.gradients();
   }
 
   /** Runs the candidate until it is warm, and finds out how many runs make a sample. */
@@ -199,7 +211,7 @@ export class Contender<Cfg, Out> {
     return ms;
   }
 
-  #ready(): Trial<Out> {
+  #ready(): Trial<Out, Gradients> {
     if (this.#trial === null) throw new Error("the candidate is not ready");
     return this.#trial;
   }

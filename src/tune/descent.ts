@@ -1,6 +1,6 @@
 import type { CacheKey } from "../cache/cache_record.ts";
 import { FlashMLAError } from "../op/errors.ts";
-import type { Invocation } from "./invocation.ts";
+import type { Invocation, MeasuringOptions } from "./invocation.ts";
 import type { Kernel } from "./kernel.ts";
 import type { AutotunePolicy } from "./policy.ts";
 import type { ConfigSource, SelectionContext, SelectionDetail, SelectionEvent } from "./selection_event.ts";
@@ -57,7 +57,8 @@ export class Descent<Call, Cfg, Out> {
     listener: SelectionListener<Cfg>,
   ): Promise<Descent<Call, Cfg, Out>> {
     const callKey = await invocation.callKey();
-    const { candidates, key, failure } = await shortlist(kernel, invocation, callKey);
+    const measuring = { forwardOnly: kernel.hasGradients && !policy.validateBackward };
+    const { candidates, key, failure } = await shortlist(kernel, invocation, callKey, measuring);
     const context = { op: invocation.op, callKey, key };
     const call = new Descent(kernel, invocation, policy, candidates, context, listener);
     if (failure !== undefined) call.failed("autotune", failure);
@@ -135,19 +136,20 @@ async function shortlist<Call, Cfg, Out>(
   kernel: Kernel<Call, Cfg, Out>,
   invocation: Invocation<Call>,
   callKey: string,
+  measuring: MeasuringOptions,
 ): Promise<Shortlist<Cfg>> {
   let known = shortlists.get(kernel) as Map<string, Shortlist<Cfg>> | undefined;
   if (known === undefined) shortlists.set(kernel, known = new Map<string, Shortlist<Cfg>>());
-  const name = `${invocation.device} ${callKey}`;
+  const name = `${invocation.device} ${callKey}${measuring.forwardOnly ? " forward only" : ""}`;
   const found = known.get(name);
   if (found !== undefined) return found;
   let made: Shortlist<Cfg>;
   try {
     const candidates = kernel.candidateCfgs(invocation);
-    made = { candidates, key: await invocation.cacheKey(candidates) };
+    made = { candidates, key: await invocation.cacheKey(candidates, measuring) };
   } catch (failure) {
     // Nothing to measure; an explicit configuration may still do.
-    return { candidates: [], key: await invocation.cacheKey([]), failure };
+    return { candidates: [], key: await invocation.cacheKey([], measuring), failure };
   }
   if (known.size >= 1024) known.clear();
   known.set(name, made);

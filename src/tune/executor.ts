@@ -14,6 +14,27 @@ export interface ExecuteOptions<Cfg> {
 /** A call with its configuration decided. */
 export type Compiled<Call, Out> = (call: Call) => Promise<Out>;
 
+/** A call that was run, and the way to its gradients. Its functions need no `this`. */
+export interface Differentiated<Out, Residuals, Gradients> {
+  /** The result. */
+  readonly output: Out;
+  /** What the kernel kept for the gradients. */
+  readonly residuals: Residuals;
+  /**
+   * Computes the gradients of the sum of `output · gradOutput`. May be called any number of times, also at the same time.
+   *
+   * @param gradOutput The gradient of the result, like the result.
+   * @returns The gradients.
+   * @throws {FlashMLAError} With code `invalid-input` when `gradOutput` does not fit the result, or after
+   * {@link Differentiated.dispose}; and when the device fails.
+   */
+  vjp(gradOutput: Out): Promise<Gradients>;
+  /** Lets go of the call and its residuals; gradients under way are still computed. Calling it twice does no harm. */
+  dispose(): void;
+  /** The same as `dispose`, for `using`. */
+  [Symbol.dispose](): void;
+}
+
 /**
  * Runs an operation under the configuration that a selector chain chooses.
  *
@@ -46,6 +67,44 @@ export class Executor<Call, Cfg, Out> {
   async run(kernel: Kernel<Call, Cfg, Out>, call: Call, options: ExecuteOptions<Cfg> = {}): Promise<Out> {
     const { invocation, choice } = await this.prepare(kernel, call, options);
     return await kernel.run(invocation, choice.cfg);
+  }
+
+  /**
+   * Chooses a configuration, runs the call under it, and keeps what its gradients need.
+   *
+   * @param kernel An operation that has gradients.
+   * @param call The call.
+   * @param options An explicit configuration.
+   * @returns The result and the function that computes gradients, under the same configuration. Whoever asked disposes of it.
+   * @throws {FlashMLAError} As {@link Executor.run} does; and with code `invalid-input` when the operation has no gradients.
+   */
+  async vjp<Residuals, Gradients>(
+    kernel: Kernel<Call, Cfg, Out, Residuals, Gradients>,
+    call: Call,
+    options: ExecuteOptions<Cfg> = {},
+  ): Promise<Differentiated<Out, Residuals, Gradients>> {
+    const { invocation, choice } = await this.prepare(kernel, call, options);
+    const { output, residuals } = await kernel.fwdWithResiduals(invocation, choice.cfg);
+    const { op } = invocation;
+    // The only reference from here on: without it the call's tensors can be collected.
+    let held: { readonly invocation: Invocation<Call>; readonly residuals: Residuals } | null = {
+      invocation,
+      residuals,
+    };
+    const dispose = () => void (held = null);
+    return {
+      output,
+      residuals,
+      async vjp(gradOutput) {
+        if (held === null) {
+          const why = "dispose() has freed its residuals; run the call again";
+          throw new FlashMLAError("invalid-input", `Cannot compute gradients of ${op}: ${why}`);
+        }
+        return await kernel.vjp(held.invocation, choice.cfg, held.residuals, gradOutput);
+      },
+      dispose,
+      [Symbol.dispose]: dispose,
+    };
   }
 
   /**

@@ -16,6 +16,12 @@ export interface InvocationInit<Call> {
   readonly bucket: string;
 }
 
+/** How the configurations of a call are measured, as far as it decides which one wins. */
+export interface MeasuringOptions {
+  /** Whether an operation that has gradients is measured without them. Default `false`. */
+  readonly forwardOnly?: boolean;
+}
+
 /** One call of an operation, with the keys under which its configuration is looked up. */
 export class Invocation<Call> {
   /** Operation name. */
@@ -63,10 +69,12 @@ export class Invocation<Call> {
    * The key that configurations are cached under.
    *
    * @param candidates The configurations that would be measured on a miss.
+   * @param options How they would be measured.
    * @returns The key's parts.
    */
-  async cacheKey(candidates: readonly unknown[]): Promise<CacheKey> {
-    return { op: this.op, device: this.device, bucket: this.bucket, candidates: await hashJson(candidates) };
+  async cacheKey(candidates: readonly unknown[], options: MeasuringOptions = {}): Promise<CacheKey> {
+    const bucket = options.forwardOnly ? `${this.bucket}, forward only` : this.bucket;
+    return { op: this.op, device: this.device, bucket, candidates: await hashJson(candidates) };
   }
 }
 

@@ -12,7 +12,10 @@ export interface AutotunePolicy {
    * then `EJKERNEL_AUTOTUNE_POLICY`, then `autotune`.
    */
   readonly cacheMissFallback: "autotune" | "heuristics";
-  /** Whether a candidate's gradients are checked beside its output, where the operation has any. Default `true`. */
+  /**
+   * Whether candidates of an operation that has gradients are timed forward and backward, and rejected when their gradients
+   * are wrong. Turn it off where there is no training: what wins is kept apart from what won with it. Default `true`.
+   */
   readonly validateBackward: boolean;
 }
 

@@ -90,6 +90,8 @@ export interface AutotuneFinishEvent<Cfg> {
   readonly ms: number;
   /** Every candidate's result. */
   readonly timings: readonly CandidateTiming<Cfg>[];
+  /** Why gradients that were asked for were neither timed nor checked: no candidate could compute them. */
+  readonly withoutBackward?: string;
   /** Milliseconds that measuring took. */
   readonly elapsedMs: number;
 }

@@ -26,15 +26,22 @@ export interface TunerOptions {
   readonly now?: () => number;
 }
 
+/** How one tuning measures. */
+export interface TuneOptions {
+  /** The policy's field of that name; nothing to a kernel without gradients. Default `true`. */
+  readonly validateBackward?: boolean;
+}
+
 /**
  * Finds the fastest configuration by measuring. Every candidate is compiled, its output checked against the heuristic's,
- * warmed up, and timed in rounds with the others, so that a change of the card's clock meets all of them alike.
+ * warmed up, and timed in rounds with the others, so that a change of the card's clock meets all of them alike. Where an
+ * operation has gradients they are checked and timed too; if no candidate can compute them, the forward run alone.
  *
  * The first call of a new shape pays for this: about `totalBudgetMs`, and longer where the
  * candidates being compiled or a single run take longer than that: neither is interrupted. What there is no time for is recorded as rejected.
  */
 export class Tuner {
-  readonly #limits: TuningLimits;
+  readonly #limits: Omit<TuningLimits, "backward">;
 
   /**
    * Makes a tuner.
@@ -63,6 +70,7 @@ export class Tuner {
    * @param invocation The call to tune for.
    * @param candidates The configurations; the heuristic's is measured first, and added when it is not among them.
    * @param onCandidate Hears of every candidate once, when its result is known.
+   * @param options Whether gradients are measured too.
    * @returns The winner and how every candidate fared.
    * @throws {FlashMLAError} With code `device` when the device is lost, `no-config` when every candidate was rejected.
    */
@@ -71,10 +79,12 @@ export class Tuner {
     invocation: Invocation<Call>,
     candidates: readonly Cfg[],
     onCandidate: (timing: CandidateTiming<Cfg>) => void = () => {},
+    options: TuneOptions = {},
   ): Promise<CacheRecord<Cfg>> {
     const results: CandidateTiming<Cfg>[] = [];
     const ordered = await distinct([kernel.heuristicCfg(invocation), ...candidates]);
-    const run = new TuningRun(kernel, invocation, ordered, this.#limits, (timing) => {
+    const limits = { ...this.#limits, backward: kernel.hasGradients && (options.validateBackward ?? true) };
+    const run = new TuningRun(kernel, invocation, ordered, limits, (timing) => {
       results.push(timing);
       onCandidate(timing);
     });
@@ -85,6 +95,7 @@ export class Tuner {
     } finally {
       if (readEnvironment("FLASH_MLA_LOG_AUTOTUNE") === "1") {
         for (const line of timingLines(invocation.op, results)) console.error(line);
+        if (run.withoutBackward !== null) console.error(`${invocation.op}   forward only: ${run.withoutBackward}`);
       }
     }
   }

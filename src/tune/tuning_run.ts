@@ -15,6 +15,8 @@ export interface TuningLimits extends TimingLimits {
   readonly totalBudgetMs: number;
   /** How many candidates compile at the same time. */
   readonly parallelTrials: number;
+  /** Whether gradients are checked, and timed with the rest. */
+  readonly backward: boolean;
 }
 
 /** The reason recorded for a candidate that there was no time for. */
@@ -29,22 +31,27 @@ const DROP_RULES = [{ samples: 2, ratio: 2 }, { samples: 8, ratio: 1.25 }];
 const SAMPLES_ALONE = 3;
 
 /** The result that others are checked against, and how long it took to compute. */
-interface Reference<Out> {
+interface Reference<Out, Gradients> {
   readonly output: Out;
+  /** Null when gradients are not checked. */
+  readonly gradients: Gradients | null;
   readonly tookMs: number;
 }
 
 /** One tuning of one kernel for one invocation. The first candidate is the heuristic's, against which others are checked. */
-export class TuningRun<Call, Cfg, Out> {
-  readonly #kernel: Kernel<Call, Cfg, Out>;
+export class TuningRun<Call, Cfg, Out, Gradients> {
+  readonly #kernel: Kernel<Call, Cfg, Out, unknown, Gradients>;
   readonly #invocation: Invocation<Call>;
   readonly #limits: TuningLimits;
   readonly #report: (timing: CandidateTiming<Cfg>) => void;
-  readonly #all: readonly Contender<Cfg, Out>[];
-  readonly #reported: Set<Contender<Cfg, Out>> = new Set();
+  readonly #enter: () => Contender<Cfg, Out, Gradients>[];
+  readonly #reported: Set<Contender<Cfg, Out, Gradients>> = new Set();
   readonly #probe: ClockProbe;
   readonly #start: number;
-  #racing: Contender<Cfg, Out>[] = [];
+  #all: readonly Contender<Cfg, Out, Gradients>[];
+  #racing: Contender<Cfg, Out, Gradients>[] = [];
+  #backward: boolean;
+  #withoutBackward: string | null = null;
 
   /**
    * Begins a tuning; its time counts from here.
@@ -56,7 +63,7 @@ export class TuningRun<Call, Cfg, Out> {
    * @param report Hears of every candidate once, when its result is known.
    */
   constructor(
-    kernel: Kernel<Call, Cfg, Out>,
+    kernel: Kernel<Call, Cfg, Out, unknown, Gradients>,
     invocation: Invocation<Call>,
     candidates: readonly Cfg[],
     limits: TuningLimits,
@@ -67,9 +74,16 @@ export class TuningRun<Call, Cfg, Out> {
     this.#invocation = invocation;
     this.#limits = limits;
     this.#report = report;
-    this.#all = candidates.map((cfg) => new Contender<Cfg, Out>(cfg, limits, grain));
+    this.#enter = () => candidates.map((cfg) => new Contender<Cfg, Out, Gradients>(cfg, limits, grain));
+    this.#all = this.#enter();
+    this.#backward = limits.backward;
     this.#probe = new ClockProbe(() => kernel.probe(invocation));
     this.#start = limits.now();
+  }
+
+  /** Why gradients that were to be measured were not, or null. */
+  get withoutBackward(): string | null {
+    return this.#withoutBackward;
   }
 
   /**
@@ -81,6 +95,7 @@ export class TuningRun<Call, Cfg, Out> {
   async record(): Promise<CacheRecord<Cfg>> {
     try {
       await this.#admit();
+      if (this.#racing.length === 0 && this.#backward) await this.#admitForward();
       await this.#warmUp();
       await this.#timeInRounds();
       for (const contender of this.#all) this.#finish(contender);
@@ -94,20 +109,22 @@ export class TuningRun<Call, Cfg, Out> {
     return {
       cfg: winner.cfg,
       timings,
+      ...(this.#withoutBackward !== null && { withoutBackward: this.#withoutBackward }),
       timingMethod: winner.timingMethod,
       libraryVersion: LIBRARY_VERSION,
       date: new Date().toISOString(),
     };
   }
 
-  /** Compiles the candidates, a few at a time, and checks each one's output against that of the first that runs. */
+  /** Compiles the candidates, a few at a time, and checks each one's results against those of the first that runs. */
   async #admit(): Promise<void> {
     const { totalBudgetMs, parallelTrials } = this.#limits;
-    let reference: Reference<Out> | null = null;
+    const options = { backward: this.#backward };
+    let reference: Reference<Out, Gradients> | null = null;
     for (let next = 0; next < this.#all.length; next += parallelTrials) {
       const batch = this.#all.slice(next, next + parallelTrials);
       if (reference === null || this.#elapsed() < totalBudgetMs * ADMISSION_SHARE) {
-        await Promise.all(batch.map((contender) => contender.prepare(this.#kernel, this.#invocation)));
+        await Promise.all(batch.map((contender) => contender.prepare(this.#kernel, this.#invocation, options)));
       } else {
         batch.forEach((contender) => contender.reject(TIME_BUDGET));
       }
@@ -116,19 +133,44 @@ export class TuningRun<Call, Cfg, Out> {
         if (reference !== null && this.#elapsed() + reference.tookMs >= totalBudgetMs) contender.reject(TIME_BUDGET);
         if (contender.rejected === null) reference = await this.#check(contender, reference);
         if (contender.rejected === null) this.#racing.push(contender);
-        else this.#finish(contender);
+        else contender.release();
+        // Before one can compute its gradients it is open whether any can: those that cannot may still run forward.
+        if (this.#racing.length > 0 || !this.#backward) this.#finishRejected();
       }
     }
   }
 
-  /** Checks a candidate's output; the first one that runs becomes the reference. */
-  async #check(contender: Contender<Cfg, Out>, reference: Reference<Out> | null): Promise<Reference<Out> | null> {
+  /** No candidate could compute its gradients: those that ran forward compete in that. */
+  async #admitForward(): Promise<void> {
+    const failed = this.#all;
+    this.#all = this.#enter();
+    this.#backward = false;
+    await this.#admit();
+    if (this.#racing.length > 0) this.#withoutBackward = reasonsOf(failed);
+  }
+
+  #finishRejected(): void {
+    for (const contender of this.#all) if (contender.rejected !== null) this.#finish(contender);
+  }
+
+  /** Checks a candidate's output and gradients; the first one that has them becomes the reference. */
+  async #check(
+    contender: Contender<Cfg, Out, Gradients>,
+    reference: Reference<Out, Gradients> | null,
+  ): Promise<Reference<Out, Gradients> | null> {
     const start = this.#elapsed();
     try {
       const output = await contender.output();
-      if (reference === null) return { output, tookMs: this.#elapsed() - start };
-      const { ok, detail } = this.#kernel.compare(output, reference.output);
-      if (!ok) contender.reject(`wrong output: ${detail}`);
+      const check = reference && this.#kernel.compare(output, reference.output);
+      if (check?.ok === false) {
+        contender.reject(`wrong output: ${check.detail}`);
+        return reference;
+      }
+      const gradients = this.#backward ? await contender.gradients() : null;
+      if (reference === null) return { output, gradients, tookMs: this.#elapsed() - start };
+      if (gradients === null || reference.gradients === null) return reference;
+      const { ok, detail } = this.#kernel.compareGradients(this.#invocation, gradients, reference.gradients);
+      if (!ok) contender.reject(`wrong gradients: ${detail}`);
     } catch (error) {
       contender.fail(error);
     }
@@ -163,7 +205,7 @@ export class TuningRun<Call, Cfg, Out> {
   }
 
   /** Whether the total budget is spent. The leading candidate is always given its first sample. */
-  #late(contender: Contender<Cfg, Out>): boolean {
+  #late(contender: Contender<Cfg, Out, Gradients>): boolean {
     const owed = contender === this.#racing[0] && contender.samples === 0;
     return !owed && this.#elapsed() >= this.#limits.totalBudgetMs;
   }
@@ -178,7 +220,7 @@ export class TuningRun<Call, Cfg, Out> {
   }
 
   /** Runs a step of a candidate; what it throws rejects the candidate, unless no other can run either. */
-  async #attempt(contender: Contender<Cfg, Out>, step: () => Promise<void>): Promise<void> {
+  async #attempt(contender: Contender<Cfg, Out, Gradients>, step: () => Promise<void>): Promise<void> {
     try {
       await step();
     } catch (error) {
@@ -188,20 +230,20 @@ export class TuningRun<Call, Cfg, Out> {
     }
   }
 
-  async #checkDevice(failed: Contender<Cfg, Out>, error: unknown): Promise<void> {
+  async #checkDevice(failed: Contender<Cfg, Out, Gradients>, error: unknown): Promise<void> {
     const other = this.#racing.find((contender) => contender !== failed) ?? failed;
     await other.output().catch(() => {
       throw new FlashMLAError("device", `Cannot tune ${this.#invocation.op}: ${messageOf(error)}`, { cause: error });
     });
   }
 
-  #leave(contender: Contender<Cfg, Out>, reason?: string): void {
+  #leave(contender: Contender<Cfg, Out, Gradients>, reason?: string): void {
     if (reason !== undefined) contender.reject(reason);
     this.#racing = this.#racing.filter((other) => other !== contender);
     this.#finish(contender);
   }
 
-  #finish(contender: Contender<Cfg, Out>): void {
+  #finish(contender: Contender<Cfg, Out, Gradients>): void {
     contender.release();
     if (this.#reported.has(contender)) return;
     this.#reported.add(contender);
@@ -211,14 +253,19 @@ export class TuningRun<Call, Cfg, Out> {
   #nothingRan(): FlashMLAError {
     const failed = this.#all.filter((contender) => contender.rejected !== TIME_BUDGET);
     const lost = failed.length > 0 && failed.every((contender) => isDeviceError(contender.failure));
-    const reasons = [...new Set(this.#all.map((contender) => contender.rejected))].join("; ");
-    const message = `Cannot tune ${this.#invocation.op}: all ${this.#all.length} candidates were rejected: ${reasons}`;
+    const message = `Cannot tune ${this.#invocation.op}: all ${this.#all.length} candidates were rejected: ` +
+      reasonsOf(this.#all);
     return new FlashMLAError(lost ? "device" : "no-config", message, { cause: failed[0]?.failure });
   }
 
   #elapsed(): number {
     return this.#limits.now() - this.#start;
   }
+}
+
+/** Why candidates were rejected, each reason once. */
+function reasonsOf(contenders: readonly { readonly rejected: string | null }[]): string {
+  return [...new Set(contenders.map(({ rejected }) => rejected))].join("; ");
 }
 
 function isDeviceError(error: unknown): boolean {

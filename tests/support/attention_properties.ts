@@ -4,10 +4,11 @@
 
 import fc from "fast-check";
 import type { HostInputs, MlaMathOptions } from "../../src/op/mla_problem.ts";
-import { elementCount, type Tensor } from "../../src/op/tensor.ts";
+import type { Tensor } from "../../src/op/tensor.ts";
 import { assertClose } from "./metrics.ts";
 import {
   batchedProblems,
+  type Feature,
   type MlaCall,
   packedProblems,
   type ProblemLimits,
@@ -15,6 +16,7 @@ import {
   type ProblemShape,
   randomCall,
 } from "./random_problem.ts";
+import { appendToHeads, map, range, scaled, take, withNan } from "./tensor_parts.ts";
 
 /** An implementation under test. */
 export type Attention = (inputs: HostInputs, options: MlaMathOptions) => Tensor | Promise<Tensor>;
@@ -28,7 +30,7 @@ export interface PropertyOptions {
   /** Further error per element to tolerate, for sums that cancel in float32; default 0. */
   readonly absolute?: number;
   /** Largest dimensions; the small ones of random_problem.ts when absent. */
-  readonly limits?: Partial<ProblemLimits>;
+  readonly limits?: Partial<Omit<ProblemLimits, "features">>;
   /** Seed of the search; a fixed one when absent, so that a run can be repeated. */
   readonly seed?: number;
 }
@@ -264,18 +266,25 @@ export const attentionProperties: readonly { readonly name: string; readonly che
   { name: "NaN queries reach only their own row", check: nanQueriesReachOnlyTheirRow },
 ];
 
-/** The implementation agrees with another one on random problems. */
-export function agreesWith(oracle: Attention): PropertyCheck {
+/**
+ * The implementation agrees with another one on random problems.
+ *
+ * @param oracle The other one.
+ * @param features What the problems may have: none when absent.
+ */
+export function agreesWith(oracle: Attention, features: readonly Feature[] = []): PropertyCheck {
   return (attention, options) =>
-    forAll(problems(options.limits), options, async (shape, close) => {
+    forAll(problems({ ...options.limits, features }), options, async (shape, close) => {
       const call = randomCall(shape);
       close(await run(attention, call), await run(oracle, call), "against the oracle");
     });
 }
 
-type Close = (actual: Tensor, expected: Tensor, what: string) => void;
+/** Throws unless two tensors agree within the tolerance of a check. */
+export type Close = (actual: Tensor, expected: Tensor, what: string) => void;
 
-async function forAll(
+/** Tries a statement on random problems. */
+export async function forAll(
   shapes: fc.Arbitrary<ProblemShape>,
   { runs, tolerance, absolute, seed = 20240507 }: PropertyOptions,
   holds: (shape: ProblemShape, close: Close) => Promise<void>,
@@ -315,12 +324,12 @@ function shortOfKeys(shapes: fc.Arbitrary<ProblemShape>): fc.Arbitrary<ProblemSh
 }
 
 /** An integer in [0, bound) that the problem's seed decides; 0 when the bound is 0. */
-function pick(shape: ProblemShape, bound: number): number {
+export function pick(shape: ProblemShape, bound: number): number {
   return bound === 0 ? 0 : (shape.seed >>> 1) % bound;
 }
 
 /** The positions of each packed sequence. */
-function packedPositions(cuSeqlens: readonly number[]): number[][] {
+export function packedPositions(cuSeqlens: readonly number[]): number[][] {
   return cuSeqlens.slice(1).map((end, i) => range(cuSeqlens[i], end));
 }
 
@@ -379,52 +388,4 @@ function mapRows(
     ...(bQ ? { bQ: change(bQ, "bQ") } : {}),
     ...(bK ? { bK: change(bK, "bK") } : {}),
   };
-}
-
-/** The entries of one axis at `indices`. */
-function take(from: Tensor, axis: number, indices: readonly number[]): Tensor {
-  const shape = from.shape.with(axis, indices.length);
-  const before = elementCount(shape.slice(0, axis));
-  const after = elementCount(shape.slice(axis + 1));
-  const data = new Float32Array(elementCount(shape));
-  for (let i = 0; i < before; i++) {
-    indices.forEach((index, k) => {
-      const start = (i * from.shape[axis] + index) * after;
-      data.set(from.data.subarray(start, start + after), (i * indices.length + k) * after);
-    });
-  }
-  return { data, shape };
-}
-
-/** Appends the same `[batch, length, width]` columns to every head of `[batch, length, heads, …]`. */
-function appendToHeads(heads: Tensor, shared: Tensor): Tensor {
-  const [batch, length, count, own] = heads.shape;
-  const extra = shared.shape[2];
-  const data = new Float32Array(batch * length * count * (own + extra));
-  for (let row = 0; row < batch * length * count; row++) {
-    const position = Math.floor(row / count);
-    data.set(heads.data.subarray(row * own, (row + 1) * own), row * (own + extra));
-    data.set(shared.data.subarray(position * extra, (position + 1) * extra), row * (own + extra) + own);
-  }
-  return { data, shape: [batch, length, count, own + extra] };
-}
-
-/** A copy with one row of `count` equal rows made NaN. */
-function withNan(from: Tensor, count: number, row: number): Tensor {
-  const width = from.data.length / count;
-  const copy = map(from, (x) => x);
-  copy.data.fill(NaN, row * width, (row + 1) * width);
-  return copy;
-}
-
-function scaled(from: Tensor, factor: number): Tensor {
-  return map(from, (x) => x * factor);
-}
-
-function map(from: Tensor, change: (element: number, index: number) => number): Tensor {
-  return { data: from.data.map(change), shape: from.shape };
-}
-
-function range(start: number, end: number): number[] {
-  return Array.from({ length: Math.max(0, end - start) }, (_, i) => start + i);
 }

@@ -4,7 +4,7 @@
 import { type AnyTensor, type GpuTensor, type HostTensor, mlaAttention, toGpu, toHost } from "../../mod.ts";
 import type { FlashMLAConfig } from "../../src/op/config.ts";
 import { toFloats, toHalves } from "../../src/op/half.ts";
-import { type HostInputs, mapTensors } from "../../src/op/mla_problem.ts";
+import { type HostInputs, mapTensors, tensorNames } from "../../src/op/mla_problem.ts";
 import type { OwnedGpuTensor, Tensor } from "../../src/op/tensor.ts";
 import type { Attention } from "./attention_properties.ts";
 
@@ -39,7 +39,7 @@ export function attentionOn(
     const call = { ...math, platform: "webgpu" as const, ...options };
     try {
       const placed = new Map<string, AnyTensor>();
-      for (const name of ["query", "keyValue", "wKc", "wVc", "bQ", "bK"] as const) {
+      for (const name of tensorNames) {
         const tensor = inputs[name];
         if (tensor === undefined) continue;
         const half = stored(tensor, dtype);

@@ -2,6 +2,7 @@
 // when something runs, and everything that happens is noted.
 
 import { FlashMLAError } from "../../src/op/errors.ts";
+import type { TrialOptions } from "../../src/op/implementation.ts";
 import { Invocation } from "../../src/tune/invocation.ts";
 import { Kernel, type OutputCheck, type Trial } from "../../src/tune/kernel.ts";
 
@@ -38,14 +39,21 @@ export interface FakeBehaviour {
   readonly limit?: (length: number) => number;
   /** What a trial computes instead of tile-independent results. */
   readonly output?: (tile: number) => number;
-  /** Throws to make a step of a trial fail. */
-  readonly trouble?: (step: "compile" | "output" | "time", tile: number, now: number) => void;
+  /** What a trial computes as gradient; with it the operation has gradients, and a run backward takes as long again. */
+  readonly gradient?: (tile: number) => number;
+  /** Milliseconds of one run backward at full clock. Default: the tile. */
+  readonly backwardCost?: (tile: number) => number;
+  /** Throws to make a step of a trial fail; `differentiate` is compiling backward. */
+  readonly trouble?: (step: Step, tile: number, now: number) => void;
 }
 
-export class FakeKernel extends Kernel<FakeCall, FakeCfg, number> {
+/** What a trial does. */
+export type Step = "compile" | "differentiate" | "output" | "gradients" | "time";
+
+export class FakeKernel extends Kernel<FakeCall, FakeCfg, number, number, number> {
   readonly opId = "fake";
   readonly version = "1";
-  /** What happened, in order: `compile 2`, `output 2`, `time 2`, `dispose 2`, `run 2`. */
+  /** What happened, in order: `compile 2`, `output 2`, `time 2`, `dispose 2`, `run 2`; backward `differentiate 2`, … */
   readonly log: string[] = [];
   /** Trials that are not disposed. */
   open = 0;
@@ -87,6 +95,31 @@ export class FakeKernel extends Kernel<FakeCall, FakeCfg, number> {
     return Promise.resolve(call.value);
   }
 
+  override get hasGradients(): boolean {
+    return this.#does.gradient !== undefined;
+  }
+
+  /** The residual is what was computed on. */
+  override fwdWithResiduals(
+    invocation: Invocation<FakeCall>,
+    cfg: FakeCfg,
+  ): Promise<{ readonly output: number; readonly residuals: number }> {
+    if (!this.hasGradients) return super.fwdWithResiduals(invocation, cfg);
+    this.log.push(`forward ${cfg.tile}`);
+    return Promise.resolve({ output: invocation.call.value, residuals: invocation.call.value });
+  }
+
+  override vjp(
+    invocation: Invocation<FakeCall>,
+    cfg: FakeCfg,
+    residuals: number,
+    gradOutput: number,
+  ): Promise<number> {
+    if (!this.hasGradients) return super.vjp(invocation, cfg, residuals, gradOutput);
+    this.log.push(`backward ${cfg.tile}`);
+    return Promise.resolve(residuals * gradOutput);
+  }
+
   heuristicCfg(): FakeCfg {
     return { tile: this.#does.heuristic ?? this.#does.tiles?.[0] ?? 1 };
   }
@@ -95,8 +128,13 @@ export class FakeKernel extends Kernel<FakeCall, FakeCfg, number> {
     return (this.#does.tiles ?? [1, 2, 4]).map((tile) => ({ tile }));
   }
 
-  override async trial({ call }: Invocation<FakeCall>, { tile }: FakeCfg): Promise<Trial<number>> {
+  override async trial(
+    { call }: Invocation<FakeCall>,
+    { tile }: FakeCfg,
+    { backward = false }: TrialOptions = {},
+  ): Promise<Trial<number, number>> {
     await this.#step("compile", tile);
+    if (backward) await this.#step("differentiate", tile);
     this.now += this.#does.compileMs ?? 0;
     this.open++;
     return {
@@ -106,10 +144,17 @@ export class FakeKernel extends Kernel<FakeCall, FakeCfg, number> {
         this.#pass(tile);
         return this.#does.output?.(tile) ?? call.value;
       },
+      ...(backward && {
+        gradients: async () => {
+          await this.#step("gradients", tile);
+          this.#passBackward(tile);
+          return this.#does.gradient!(tile);
+        },
+      }),
       time: async (repeats) => {
         await this.#step("time", tile);
         let ms = 0;
-        for (let i = 0; i < repeats; i++) ms += this.#pass(tile);
+        for (let i = 0; i < repeats; i++) ms += this.#pass(tile) + (backward ? this.#passBackward(tile) : 0);
         return this.#does.read?.(ms) ?? ms;
       },
       dispose: () => {
@@ -130,9 +175,22 @@ export class FakeKernel extends Kernel<FakeCall, FakeCfg, number> {
     return { ok: candidate === best, detail: `${candidate} is not ${best}` };
   }
 
+  override compareGradients(_: Invocation<FakeCall>, candidate: number, best: number): OutputCheck {
+    return { ok: candidate === best, detail: `${candidate} is not ${best}` };
+  }
+
   /** One run: time passes at the device's clock. */
   #pass(tile: number): number {
-    const ms = (this.#does.cost?.(tile) ?? tile) / this.#speed();
+    return this.#spend(this.#does.cost?.(tile) ?? tile);
+  }
+
+  /** One run backward. */
+  #passBackward(tile: number): number {
+    return this.#spend(this.#does.backwardCost?.(tile) ?? tile);
+  }
+
+  #spend(atFullClock: number): number {
+    const ms = atFullClock / this.#speed();
     this.now += ms;
     return ms;
   }
@@ -141,7 +199,7 @@ export class FakeKernel extends Kernel<FakeCall, FakeCfg, number> {
     return this.#does.speed?.(this.now) ?? 1;
   }
 
-  async #step(step: "compile" | "output" | "time", tile: number): Promise<void> {
+  async #step(step: Step, tile: number): Promise<void> {
     this.log.push(`${step} ${tile}`);
     await Promise.resolve();
     this.#does.trouble?.(step, tile, this.now);

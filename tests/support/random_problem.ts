@@ -3,10 +3,41 @@
 
 import fc from "fast-check";
 import type { HostInputs, MlaMathOptions, RopeMode } from "../../src/op/mla_problem.ts";
-import { elementCount, type Tensor } from "../../src/op/tensor.ts";
+import { elementCount, type MaskTensor, type Tensor } from "../../src/op/tensor.ts";
 
 /** How elements are drawn: standard normal, or a tenth of that clamped to ±1, which keeps every logit small. */
 export type InputValues = "plain" | "small";
+
+/** A part of the operation that a call may leave out, by the name of its option. */
+export type Feature = "attentionMask" | "bias" | "softmaxAux" | "logitsSoftCap" | "slidingWindow" | "dropout";
+
+/** All of them. */
+export const everyFeature: readonly Feature[] = [
+  ...["attentionMask", "bias", "softmaxAux", "logitsSoftCap", "slidingWindow", "dropout"] as const,
+];
+
+/** A random mask or bias. */
+export interface TermShape {
+  /** Whether every batch item has its own; otherwise the first axis is 1. */
+  readonly perItem: boolean;
+  /** Whether every query head has its own; otherwise the second axis is 1. */
+  readonly perHead: boolean;
+  /** How many pairs of ten are hidden: by a zero in a mask, by minus infinity in a bias. */
+  readonly hidden: number;
+  /** How many rows of ten are hidden as a whole. */
+  readonly hiddenRows: number;
+}
+
+/** The features of a random call; a feature that is absent or null is left out of it. */
+export interface ProblemFeatures {
+  readonly attentionMask?: TermShape | null;
+  readonly bias?: TermShape | null;
+  /** The shape of the sinks, with Hq the number of query heads. */
+  readonly softmaxAux?: { readonly form: "[Hq]" | "[n]" | "[Hq, n]" | "[1, n]"; readonly n: number } | null;
+  readonly logitsSoftCap?: number | null;
+  readonly slidingWindow?: number | readonly [left: number, right: number] | null;
+  readonly dropout?: { readonly rate: number; readonly seed: number } | null;
+}
 
 /** Everything that decides a random call, as numbers that print in one line. */
 export interface ProblemShape {
@@ -31,6 +62,8 @@ export interface ProblemShape {
   readonly values: InputValues;
   /** Decides every element. */
   readonly seed: number;
+  /** What the call has beyond that; nothing when absent. */
+  readonly features?: ProblemFeatures;
 }
 
 /** The largest dimensions to draw. Lengths and batch start at 0, widths and heads at 1. */
@@ -47,6 +80,8 @@ export interface ProblemLimits {
   readonly vHeadDim: number;
   /** The distributions to draw from. */
   readonly values: readonly InputValues[];
+  /** The features that calls may have, each one about every other time. Without any, calls are as before there were any. */
+  readonly features: readonly Feature[];
 }
 
 /** Small enough for thousands of calls per minute, odd enough to cross every unrolling. */
@@ -61,6 +96,7 @@ export const SMALL: ProblemLimits = {
   qkRopeHeadDim: 7,
   vHeadDim: 9,
   values: ["plain", "small"],
+  features: [],
 };
 
 /** The tensors and options of one call. */
@@ -78,6 +114,7 @@ export function batchedProblems(limits: Partial<ProblemLimits> = {}): fc.Arbitra
     keyLength: mostlyPositive(length),
     cuSeqlens: fc.constant(null),
     ...headArbitraries(rest),
+    ...featureArbitraries(rest.features, length),
   }).map(finished);
 }
 
@@ -85,7 +122,8 @@ export function batchedProblems(limits: Partial<ProblemLimits> = {}): fc.Arbitra
 export function packedProblems(limits: Partial<ProblemLimits> = {}): fc.Arbitrary<ProblemShape> {
   const { length, sequences, ...rest } = { ...SMALL, ...limits };
   const lengths = fc.array(mostlyPositive(length), { maxLength: sequences });
-  return fc.record({ lengths, ...headArbitraries(rest) }).map(({ lengths, ...heads }) => {
+  const heads = { ...headArbitraries(rest), ...featureArbitraries(rest.features, length) };
+  return fc.record({ lengths, ...heads }).map(({ lengths, ...heads }) => {
     const cuSeqlens = [0];
     for (const n of lengths) cuSeqlens.push(cuSeqlens[cuSeqlens.length - 1] + n);
     const total = cuSeqlens[cuSeqlens.length - 1];
@@ -107,6 +145,7 @@ export function randomCall(shape: ProblemShape): MlaCall {
   const { kvLoraRank: L, qkNopeHeadDim: P, qkRopeHeadDim: R, vHeadDim: V } = shape;
   const random = normals(shape.seed);
   const draw = (...axes: number[]) => randomTensor(axes, random, shape.values);
+  const { logitsSoftCap = null, slidingWindow = null, dropout = null } = shape.features ?? {};
   return {
     inputs: {
       query: draw(B, Sq, Hkv * headsPerKvHead, rope === "in_query" ? P + R : P),
@@ -116,12 +155,73 @@ export function randomCall(shape: ProblemShape): MlaCall {
       ...(rope === "shared" ? { bQ: draw(B, Sq, R) } : {}),
       ...(rope === "none" ? {} : { bK: draw(B, Sk, R) }),
       ...(shape.cuSeqlens === null ? {} : { cuSeqlens: shape.cuSeqlens }),
+      ...featureTensors(shape),
     },
     options: {
       causal: shape.causal,
       ...(shape.softmaxScale === null ? {} : { softmaxScale: shape.softmaxScale }),
+      ...(logitsSoftCap === null ? {} : { logitsSoftCap }),
+      ...(slidingWindow === null ? {} : { slidingWindow }),
+      ...(dropout === null ? {} : { dropout }),
     },
   };
+}
+
+/** The mask, bias and sinks of a problem. Each has its own source, so that none changes when another is left out. */
+function featureTensors(shape: ProblemShape): Pick<HostInputs, "attentionMask" | "bias" | "softmaxAux"> {
+  const { attentionMask = null, bias = null, softmaxAux = null } = shape.features ?? {};
+  const heads = shape.kvHeads * shape.headsPerKvHead;
+  const termAxes = ({ perItem, perHead }: TermShape) => [
+    ...[perItem ? shape.batch : 1, perHead ? heads : 1, shape.queryLength, shape.keyLength],
+  ];
+  return {
+    ...(attentionMask &&
+      { attentionMask: randomMask(termAxes(attentionMask), attentionMask, shape.seed ^ 0x6d61736b) }),
+    ...(bias && { bias: randomBias(termAxes(bias), bias, shape.seed ^ 0x62696173) }),
+    ...(softmaxAux && { softmaxAux: randomTensor(sinkAxes(softmaxAux, heads), normals(shape.seed ^ 0x73696e6b)) }),
+  };
+}
+
+function sinkAxes({ form, n }: NonNullable<ProblemFeatures["softmaxAux"]>, heads: number): number[] {
+  switch (form) {
+    case "[Hq]":
+      return [heads];
+    case "[n]":
+      return [n];
+    case "[Hq, n]":
+      return [heads, n];
+    case "[1, n]":
+      return [1, n];
+  }
+}
+
+/** A mask: 0 where it hides, any other byte where it does not. */
+function randomMask(axes: readonly number[], term: TermShape, seed: number): MaskTensor {
+  const uniform = mulberry32(seed);
+  const data = new Uint8Array(elementCount(axes));
+  hide(axes, term, uniform, (index, hidden) => data[index] = hidden ? 0 : 1 + Math.floor(255 * uniform()));
+  return { data, shape: axes };
+}
+
+/** A bias: standard normal, minus infinity where it hides. */
+function randomBias(axes: readonly number[], term: TermShape, seed: number): Tensor {
+  const random = normals(seed ^ 1);
+  const data = new Float32Array(elementCount(axes));
+  hide(axes, term, mulberry32(seed), (index, hidden) => data[index] = hidden ? -Infinity : random());
+  return { data, shape: axes };
+}
+
+function hide(
+  axes: readonly number[],
+  { hidden, hiddenRows }: TermShape,
+  uniform: () => number,
+  decide: (index: number, hidden: boolean) => void,
+): void {
+  const keys = axes[axes.length - 1];
+  for (let row = 0; row < elementCount(axes.slice(0, -1)); row++) {
+    const wholly = uniform() * 10 < hiddenRows;
+    for (let key = 0; key < keys; key++) decide(row * keys + key, uniform() * 10 < hidden || wholly);
+  }
 }
 
 /**
@@ -196,9 +296,44 @@ function widthArbitraries(
   });
 }
 
-function finished({ widths, ...shape }: Omit<ProblemShape, keyof Widths> & { widths: Widths }): ProblemShape {
+/** The features of a problem, each one drawn about every other time; nothing is drawn where there are none to have. */
+function featureArbitraries(
+  features: readonly Feature[],
+  length: number,
+): { readonly features: fc.Arbitrary<ProblemFeatures | undefined> } {
+  if (features.length === 0) return { features: fc.constant(undefined) };
+  const term = fc.record({
+    perItem: fc.boolean(),
+    perHead: fc.boolean(),
+    hidden: fc.constantFrom(0, 3, 8),
+    hiddenRows: fc.constantFrom(0, 2),
+  });
+  // Narrow windows are the ones that hide something: no less often than wide ones, however long sequences are.
+  const side = fc.oneof(fc.nat(3), fc.nat(length));
+  const drawn: { readonly [F in Feature]: fc.Arbitrary<NonNullable<ProblemFeatures[F]>> } = {
+    attentionMask: term,
+    bias: term,
+    softmaxAux: fc.record({
+      form: fc.constantFrom("[Hq]" as const, "[n]" as const, "[Hq, n]" as const, "[1, n]" as const),
+      n: fc.integer({ min: 1, max: 3 }),
+    }),
+    logitsSoftCap: fc.constantFrom(30, 3, 0.5),
+    slidingWindow: fc.oneof(side.map((w) => Math.max(1, w)), fc.tuple(side, side)),
+    dropout: fc.record({ rate: fc.constantFrom(0.5, 0, 0.2, 0.9), seed: fc.maxSafeNat() }),
+  };
+  const half = <T>(arbitrary: fc.Arbitrary<T>) => fc.oneof({ withCrossShrink: true }, fc.constant(null), arbitrary);
+  return {
+    features: fc.record(
+      Object.fromEntries(features.map((feature) => [feature, half<unknown>(drawn[feature])])),
+    ) as fc.Arbitrary<ProblemFeatures>,
+  };
+}
+
+function finished(
+  { widths, features, ...shape }: Omit<ProblemShape, keyof Widths> & { widths: Widths },
+): ProblemShape {
   const { rope } = shape;
-  return { ...shape, ...widths, ...(rope === "none" ? { qkRopeHeadDim: 0 } : {}) };
+  return { ...shape, ...widths, ...(rope === "none" ? { qkRopeHeadDim: 0 } : {}), ...(features && { features }) };
 }
 
 type Widths = Pick<ProblemShape, "kvLoraRank" | "qkNopeHeadDim" | "qkRopeHeadDim" | "vHeadDim">;

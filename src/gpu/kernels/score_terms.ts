@@ -5,7 +5,7 @@
 // whatever is at or below UNSEEN counts as hidden. Both are finite: compilers may assume that there is no infinity.
 
 import { threefryParity, threefryRotations } from "../../op/dropout.ts";
-import type { MlaProblem } from "../../op/mla_problem.ts";
+import { hidingBias, type MlaProblem } from "../../op/mla_problem.ts";
 import { unroll } from "./register_tile.ts";
 
 /** What of a call's options the generated WGSL depends on. */
@@ -130,8 +130,8 @@ function termFunction({ scoreTerm }: ScoreTerms): string {
   const at =
     "params.termBase + item * params.termItem + head * params.termHead + position * params.termRow + keyPosition";
   const body = scoreTerm === "bias"
-    ? `  let bias = f32(term[${at}]) * LOG2E;
-  return select(score + bias, MASKED, bias < UNSEEN);`
+    ? `  let bias = f32(term[${at}]);
+  return select(score + bias * LOG2E, MASKED, bias <= ${hidingBias});`
     : `  let at = ${at};
   let visible = (term[at / 4u] >> (8u * (at % 4u))) & 0xffu;
   return select(MASKED, score, visible != 0u);`;
