@@ -4,6 +4,7 @@ import type { FlashMLAConfig } from "../op/config.ts";
 import { ceilPowerOfTwo, longestSequence } from "../op/length_bucket.ts";
 import type { MlaProblem } from "../op/mla_problem.ts";
 import { whyInvalid } from "./attention_plan.ts";
+import { whyBackwardInvalid } from "./backward_plan.ts";
 import { FlashMLAError } from "../op/errors.ts";
 import type { Capabilities } from "./capabilities.ts";
 
@@ -73,6 +74,21 @@ function expandBlock(problem: MlaProblem): number {
   return [128, 64].find((block) => columns >= block && rows >= block) ?? 32;
 }
 
+/** Backward tiles worth measuring, best guess first; the last one fits heads of nearly any width. */
+const gpuGradBlocks: readonly number[] = [128, 64, 256];
+
+/** Compile time grows with the tile. */
+const softwareGradBlocks: readonly number[] = [32, 256];
+
+/** The backward tiles that go with a configuration: two at most, and one even where none is valid. */
+function gradBlocks(config: FlashMLAConfig, problem: MlaProblem, capabilities: Capabilities): number[] {
+  const all = capabilities.software ? softwareGradBlocks : gpuGradBlocks;
+  const valid = [...all, 32].filter((gradBlock) =>
+    whyBackwardInvalid({ ...config, gradBlock }, problem, capabilities) === null
+  );
+  return valid.length === 0 ? [all[0]] : valid.slice(0, capabilities.software ? 1 : 2);
+}
+
 /**
  * The configurations worth measuring on a device, for all problems whose lengths fall in the same powers of two.
  *
@@ -94,10 +110,12 @@ export function candidateConfigs(problem: MlaProblem, capabilities: Capabilities
         unrollDepth: true,
         subgroups: false,
         expandBlock: expandBlock(problem),
+        gradBlock: 32,
         platform: "webgpu",
         backend: "gpu",
       }))
-      .filter(valid);
+      .filter(valid)
+      .map((config) => ({ ...config, gradBlock: gradBlocks(config, problem, capabilities)[0] }));
     const shuffling = fitting.slice(0, 1).map((config) => ({ ...config, subgroups: true })).filter(valid);
     found.push(...fitting.slice(0, stagingsPerTiling), ...shuffling);
   }
@@ -110,7 +128,10 @@ export function candidateConfigs(problem: MlaProblem, capabilities: Capabilities
     );
   }
   const best = found.indexOf(bestGuess(found, problem, capabilities));
-  return [...found.splice(best, 1), ...found];
+  const [guess] = found.splice(best, 1);
+  // Backward tiles are independent of forward ones: the second one is measured once.
+  const others = gradBlocks(guess, problem, capabilities).slice(1).map((gradBlock) => ({ ...guess, gradBlock }));
+  return [guess, ...others, ...found];
 }
 
 /** Workgroups that keep a large card busy: below them, smaller query blocks win. */

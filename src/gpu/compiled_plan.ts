@@ -4,6 +4,7 @@
 import type { FlashMLAConfig } from "../op/config.ts";
 import type { MlaProblem } from "../op/mla_problem.ts";
 import { attentionPlan } from "./attention_plan.ts";
+import { backwardPlan } from "./backward_plan.ts";
 import { BufferUsage } from "./buffers.ts";
 import { type GpuContext, unlessLost } from "./device.ts";
 import type { DispatchPlan, Schedule } from "./dispatch_plan.ts";
@@ -22,6 +23,11 @@ export interface CompiledPlan {
   readonly schedules: Readonly<Partial<Record<Schedule, readonly GPUBuffer[]>>>;
 }
 
+/** What a plan computes: the output, or the gradients. */
+export type PlanKind = "forward" | "backward";
+
+const planners = { forward: attentionPlan, backward: backwardPlan } as const;
+
 /** Plans that one device keeps. A model's layers share one; prefill lengths and decoding steps bring new ones. */
 const keptPlans = 64;
 
@@ -39,16 +45,21 @@ export class PlanCache {
   /**
    * Borrows a plan, which stays as it is until `release` is called.
    *
+   * @param problem The problem.
+   * @param config The configuration.
+   * @param layouts Where the tensors lie.
+   * @param kind What it is a plan of.
    * @throws {FlashMLAError} When the call cannot be planned (`limit`) or a kernel does not compile (`device`).
    */
   async borrow(
     problem: MlaProblem,
     config: FlashMLAConfig,
     layouts: OperandLayouts,
+    kind: PlanKind = "forward",
   ): Promise<{ readonly compiled: CompiledPlan; release(): void }> {
-    const key = JSON.stringify([problem, config, layouts]);
+    const key = JSON.stringify([kind, problem, config, layouts]);
     const kept = this.#kept.get(key);
-    const found = kept ?? this.#compile(attentionPlan(problem, config, this.#context.capabilities, layouts));
+    const found = kept ?? this.#compile(planners[kind](problem, config, this.#context.capabilities, layouts));
     if (kept === undefined) found.catch(() => this.#kept.get(key) === found && this.#kept.delete(key));
     this.#kept.delete(key);
     this.#kept.set(key, found);

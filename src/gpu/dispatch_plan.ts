@@ -11,10 +11,10 @@ export const paramsStride = 256;
 export const paramsBytes = 208;
 
 /** Schedules that a plan uploads once, one for each query range. */
-export type Schedule = "blocks";
+export type Schedule = "blocks" | "queryBlocks" | "keyBlocks" | "biasBlocks";
 
 /** Memory of ours that kernels write and read within one call. `sinks` is bound as a uniform, too. */
-export type ScratchName = "expanded" | "sinks";
+export type ScratchName = "expanded" | "sinks" | "gradExpanded" | "gradQuery" | "stats";
 
 /** The operands that dispatches bind. */
 export type Operand = LaidOut | "params" | Schedule | ScratchName;

@@ -25,7 +25,10 @@ import {
 export type StorageType = "f32" | "f16";
 
 /** The tensors of a call that lie in GPU memory while it runs. */
-export type LaidOut = TensorName | "attentionMask" | "output" | "lse";
+export type LaidOut = TensorName | "attentionMask" | "output" | "lse" | "gradOutput" | GradientName;
+
+/** The name of a tensor's gradient. */
+export type GradientName = `grad.${TensorName}`;
 
 /** How one tensor lies in GPU memory. Lengths are in elements. */
 export interface OperandLayout {
@@ -124,6 +127,39 @@ export function operandLayouts(
     : layoutOf(out);
   if (lse !== false) layouts.lse = lseLayout(lse === true ? denseLayout(lseShape(problem), "f32") : layoutOf(lse), lse);
   return layouts;
+}
+
+/**
+ * The layouts of a call's gradients.
+ *
+ * @param problem The call's dimensions.
+ * @param inputs The call's tensors.
+ * @param f16 Whether kernels can load and store halves.
+ * @param tensors What the gradients are made from, and what takes them.
+ */
+export function backwardLayouts(
+  problem: MlaProblem,
+  inputs: MlaInputs,
+  f16: boolean,
+  { output, lse, gradOutput, gradients }: {
+    readonly output: AnyTensor;
+    readonly lse: AnyTensor;
+    readonly gradOutput: AnyTensor;
+    readonly gradients: MlaInputs<GpuTensor>;
+  },
+): OperandLayouts {
+  const placeOf = (tensor: AnyTensor) => isGpuTensor(tensor) ? tensor : dtypeOf(tensor) === "f16" ? "f16" : "f32";
+  const layouts = operandLayouts(problem, inputs, f16, {
+    out: placeOf(output),
+    lse: isGpuTensor(lse) ? lse : true,
+  });
+  const sums = operandLayouts(problem, gradients, f16, { out: "f32" });
+  const named = Object.entries(sums).filter(([name]) => name !== "output").map(([name, layout]) => [
+    `grad.${name}`,
+    layout,
+  ]);
+  const { output: gradLayout } = operandLayouts(problem, inputs, f16, { out: placeOf(gradOutput) });
+  return { ...layouts, ...Object.fromEntries(named), gradOutput: gradLayout };
 }
 
 /** A mask's layout as if it were an ordinary tensor of four axes. */

@@ -6,7 +6,7 @@ import { lseShape, type MlaProblem, outputShape } from "../op/mla_problem.ts";
 import { elementBytes, elementCount, type F16Tensor, type Tensor } from "../op/tensor.ts";
 import type { CompiledPlan } from "./compiled_plan.ts";
 import { type GpuContext, unlessLost } from "./device.ts";
-import type { Binding, Dispatch, Operand } from "./dispatch_plan.ts";
+import type { Binding, Dispatch, Operand, Schedule } from "./dispatch_plan.ts";
 import { foreignBuffer, inErrorScopes } from "./error_scopes.ts";
 import type { StorageType } from "./operand_layout.ts";
 import type { ResidentCall } from "./resident_call.ts";
@@ -193,6 +193,7 @@ export class PreparedAttention {
     options: { only?: readonly string[]; timestampWrites?: GPUComputePassTimestampWrites } = {},
   ): void {
     const { only, timestampWrites } = options;
+    if (only === undefined) this.#call.encodeClears(encoder);
     const pass = encoder.beginComputePass({ label: "flash-mla", timestampWrites });
     if (only === undefined) this.#call.encodeBefore(pass);
     for (const { kernel, pipeline, bindGroup, workgroups } of this.#dispatches) {
@@ -232,7 +233,7 @@ function writeStored(
 function bindDispatches(context: GpuContext, compiled: CompiledPlan, call: ResidentCall): BoundDispatch[] {
   const buffer = (operand: Operand, range: number): GPUBuffer => {
     if (operand === "params") return compiled.params;
-    return operand === "blocks" ? compiled.schedules[operand]![range] : call.get(operand, range)!;
+    return compiled.schedules[operand as Schedule]?.[range] ?? call.get(operand, range)!;
   };
   return compiled.plan.dispatches.map((dispatch) => {
     const pipeline = compiled.pipelines[dispatch.kernel];

@@ -20,24 +20,47 @@ export function rowWidth(layout: OperandLayout, problem: MlaProblem, which: "que
   return (queryHeads - 1) * layout.head + headDim;
 }
 
-/** Ranges of query rows whose queries and outputs each fit one binding. */
-export function splitQueries(problem: MlaProblem, layouts: OperandLayouts, limits: GpuLimits): RowRange[] {
+/** Rows of an operand that is cut into ranges. */
+export interface SplitRows {
+  /** Where the operand lies. */
+  readonly layout: OperandLayout;
+  /** Elements from the first to one past the last of a row. */
+  readonly width: number;
+}
+
+/**
+ * Ranges of query rows whose queries and outputs each fit one binding.
+ *
+ * @param more What else is cut, by rows of queries, or like the bias and mask.
+ */
+export function splitQueries(
+  problem: MlaProblem,
+  layouts: OperandLayouts,
+  limits: GpuLimits,
+  more: { readonly rows?: readonly SplitRows[]; readonly terms?: readonly OperandLayout[] } = {},
+): RowRange[] {
   const { batch, queryLength, qkRopeHeadDim } = problem;
   const { query, output, bQ } = layouts as Required<OperandLayouts>;
   const split = [
     { layout: query, width: rowWidth(query, problem, "query") },
     { layout: output, width: rowWidth(output, problem, "output") },
     ...(problem.rope === "shared" ? [{ layout: bQ, width: qkRopeHeadDim }] : []),
+    ...(more.rows ?? []),
   ];
   const limit = limits.maxStorageBufferBindingSize;
   const term = layouts.bias ?? layouts.attentionMask;
   const heads = { start: 0, end: problem.queryHeads };
   // A bias or mask too large for one binding is bound for one batch item and as few heads as it takes.
-  const wholeTerm = term === undefined ||
-    termWindow(term, problem, { start: 0, end: batch * queryLength }, heads).size <= limit;
+  const terms = [...(term === undefined ? [] : [term]), ...(more.terms ?? [])];
+  const wholeTerm = terms.every((layout) =>
+    termWindow(layout, problem, { start: 0, end: batch * queryLength }, heads).size <= limit
+  );
   const oneHead = { start: 0, end: 1 };
   const fits = (count: number) =>
-    (wholeTerm || termWindow(term, problem, { start: 0, end: count }, oneHead).size + windowSlack <= limit) &&
+    (wholeTerm ||
+      terms.every((layout) =>
+        termWindow(layout, problem, { start: 0, end: count }, oneHead).size + windowSlack <= limit
+      )) &&
     split.every(({ layout, width }) => {
       // A later range may begin within its window.
       const slack = layout.resident && count < batch * queryLength ? windowSlack : 0;
@@ -53,7 +76,7 @@ export function splitQueries(problem: MlaProblem, layouts: OperandLayouts, limit
   if (!fits(perRange)) {
     const [bytes] = [
       ...split.map(({ layout, width }) => rowWindow(layout, queryLength, 0, 1, width).size),
-      ...(term === undefined ? [] : [termWindow(term, problem, { start: 0, end: 1 }, oneHead).size]),
+      ...terms.map((layout) => termWindow(layout, problem, { start: 0, end: 1 }, oneHead).size),
     ].sort((a, b) => b - a);
     throw limitError(
       `one row of query, output, bias or mask needs ${bytes} bytes`,

@@ -3,7 +3,7 @@
 
 import { FlashMLAError } from "../op/errors.ts";
 import { halfBits, toFloats } from "../op/half.ts";
-import { type MlaInputs, type MlaProblem, tensorNames } from "../op/mla_problem.ts";
+import { mapTensors, type MlaInputs, type MlaProblem, tensorNames } from "../op/mla_problem.ts";
 import {
   type AnyMask,
   type AnyTensor,
@@ -31,6 +31,22 @@ export interface CallTensors {
   readonly out?: GpuTensor;
   /** What takes the log-sum-exp on the GPU; memory of ours when absent, if the plan has one. */
   readonly lse?: GpuTensor;
+  /** What the gradients are made from, and what takes them: for plans of gradients, in the place of `out` and `lse`. */
+  readonly backward?: BackwardTensors;
+}
+
+/** What a call's gradients are made from beside the inputs, and what takes them. */
+export interface BackwardTensors {
+  /** The call's result. */
+  readonly output: AnyTensor;
+  /** Its log-sum-exp, in float32. */
+  readonly lse: AnyTensor;
+  /** The gradient of the result. */
+  readonly gradOutput: AnyTensor;
+  /** Sums of gradients in float32, by the name of the input. */
+  readonly gradients: MlaInputs<GpuTensor>;
+  /** Whether to make the sums zero first. */
+  readonly clear: boolean;
 }
 
 /** The kernels for tensors of halves on a device without half precision. */
@@ -49,13 +65,15 @@ export class ResidentCall {
   readonly #tensors: readonly (readonly [name: string, tensor: AnyTensor | AnyMask])[];
   readonly #before: HalfCopy[] = [];
   readonly #after: HalfCopy[] = [];
+  readonly #cleared: GPUBuffer[] = [];
 
   private constructor(context: GpuContext, tensors: CallTensors, copyKernels: CopyKernels, scratch: Scratch) {
     this.#context = context;
-    const { inputs, out, lse } = tensors;
+    const { inputs, out, lse, backward } = tensors;
     const named: (readonly [string, AnyTensor | AnyMask | undefined])[] = [
       ...[...tensorNames, "attentionMask" as const].map((name) => [name, inputs[name]] as const),
-      ...[["out", out], ["lse", lse]] as const,
+      ...[["out", out], ["lse", lse ?? backward?.lse], ["the output", backward?.output]] as const,
+      ...[["gradOutput", backward?.gradOutput]] as const,
     ];
     this.#tensors = named.filter((entry): entry is [string, AnyTensor | AnyMask] => entry[1] !== undefined);
     this.#scratch = scratch;
@@ -115,6 +133,11 @@ export class ResidentCall {
     }
   }
 
+  /** Records what has to happen before any pass. */
+  encodeClears(encoder: GPUCommandEncoder): void {
+    for (const buffer of this.#cleared) encoder.clearBuffer(buffer);
+  }
+
   /** Records what has to happen before the kernels. */
   encodeBefore(pass: GPUComputePassEncoder): void {
     for (const copy of this.#before) copy.encode(pass);
@@ -133,7 +156,7 @@ export class ResidentCall {
     this.#buffers.clear();
   }
 
-  #fill(problem: MlaProblem, { inputs, out, lse }: CallTensors, plan: DispatchPlan): void {
+  #fill(problem: MlaProblem, { inputs, out, lse, backward }: CallTensors, plan: DispatchPlan): void {
     const { keyValue, wKc, wVc, bK, query, bQ, bias, softmaxAux, attentionMask } = inputs;
     const { layouts, queryRanges, scratch } = plan;
     const stored = (name: LaidOut) => layouts[name]!.dtype as StorageType;
@@ -149,11 +172,27 @@ export class ResidentCall {
       for (const range of queryRanges) this.#bring(name, tensor, stored(name), range);
     }
     if (attentionMask !== undefined) this.#put("attentionMask", this.#mask(attentionMask));
+    if (backward !== undefined) return this.#fillBackward(backward, plan);
     for (const range of queryRanges) this.#takeResult(problem, range, stored("output"), out);
     if (layouts.lse !== undefined) {
       const { batch, queryHeads, queryLength } = problem;
       this.#put("lse", lse?.buffer ?? this.#borrow(batch * queryHeads * queryLength * 4));
     }
+  }
+
+  #fillBackward(
+    { output, lse, gradOutput, gradients, clear }: BackwardTensors,
+    { layouts, queryRanges }: DispatchPlan,
+  ) {
+    for (const [name, tensor] of present({ output, gradOutput })) {
+      for (const range of queryRanges) this.#bring(name, tensor, layouts[name]!.dtype as StorageType, range);
+    }
+    this.#bring("lse", lse, "f32", { start: 0, end: lse.shape[0] * lse.shape[1] });
+    mapTensors(gradients, (tensor, name) => {
+      this.#put(`grad.${name}`, tensor.buffer);
+      if (clear) this.#cleared.push(tensor.buffer);
+      return tensor;
+    });
   }
 
   /** A mask's bytes on the GPU, padded to whole words. */
@@ -217,13 +256,14 @@ function inRows(tensor: GpuTensor): GpuTensor {
 
 async function copyKernels(
   context: GpuContext,
-  { inputs, out }: CallTensors,
+  { inputs, out, backward }: CallTensors,
   { layouts }: DispatchPlan,
 ): Promise<CopyKernels> {
   const differs = (name: LaidOut, tensor?: AnyTensor) =>
     tensor !== undefined && isGpuTensor(tensor) && tensor.dtype !== layouts[name]!.dtype;
   return {
-    ...(tensorNames.some((name) => differs(name, inputs[name])) &&
+    ...((tensorNames.some((name) => differs(name, inputs[name])) || differs("output", backward?.output) ||
+      differs("gradOutput", backward?.gradOutput)) &&
       { unpack: await halfPipeline(context, "unpack") }),
     ...(differs("output", out) && { pack: await halfPipeline(context, "pack") }),
   };

@@ -4,6 +4,7 @@
 import type { FlashMLAConfig } from "../op/config.ts";
 import { FlashMLAError } from "../op/errors.ts";
 import { toFloats, writeFloats, zeros } from "../op/half.ts";
+import type { AttentionState } from "../op/attention_state.ts";
 import type { EncodedCall, MlaImplementation, MlaTarget, MlaTrial, TrialOptions } from "../op/implementation.ts";
 import type { MlaEvent } from "../op/mla_event.ts";
 import type { MlaGradients } from "../op/mla_gradients.ts";
@@ -19,6 +20,8 @@ import {
   type Tensor,
 } from "../op/tensor.ts";
 import { candidateConfigs } from "./attention_configs.ts";
+import { checkBackward, gradientsOnGpu, preparePiece } from "./backward_call.ts";
+import { backwardTrial, hasGradients, trialTensors } from "./backward_trial.ts";
 import { attentionPlan, whyInvalid } from "./attention_plan.ts";
 import { deviceFingerprint } from "./capabilities.ts";
 import { planCache } from "./compiled_plan.ts";
@@ -29,7 +32,7 @@ import { mostKeyRows } from "./key_rows.ts";
 import { PreparedAttention } from "./prepared_attention.ts";
 import { ResidentCall } from "./resident_call.ts";
 import { clockProbe, timingMethod } from "./timing.ts";
-import { type CallMemory, ownCall, sharedCall } from "./call_memory.ts";
+import { type CallMemory, ownCall, sharedBy } from "./call_memory.ts";
 
 /** The operation in WGSL, on the process's own device or the caller's. */
 export const webgpuImplementation: MlaImplementation = {
@@ -128,8 +131,15 @@ class WebGpuTarget implements MlaTarget {
     return { output: result, lse };
   }
 
-  backward(): Promise<MlaGradients> {
-    return Promise.reject(missing("the backward pass"));
+  async backward(
+    problem: MlaProblem,
+    inputs: MlaInputs,
+    cfg: FlashMLAConfig,
+    saved: AttentionState,
+    gradOutput: AnyTensor,
+  ): Promise<MlaGradients> {
+    if (!this.#context.capabilities.f16) this.#tellConverted(inputs, "f32");
+    return await gradientsOnGpu(this.#context, problem, inputs, cfg, saved, gradOutput);
   }
 
   async encode(
@@ -160,7 +170,7 @@ class WebGpuTarget implements MlaTarget {
     cfg: FlashMLAConfig,
     { backward = false }: TrialOptions = {},
   ): Promise<MlaTrial> {
-    if (backward) throw missing("the backward pass");
+    if (backward) return await this.#backwardTrial(problem, inputs, cfg);
     const [piece] = this.#pieces(problem, inputs);
     const timing = await timingMethod(this.#context);
     const { prepared, dispose } = await this.#prepare(piece, cfg, { out: resultType(inputs) }, { sharer: inputs });
@@ -170,6 +180,38 @@ class WebGpuTarget implements MlaTarget {
       time: (repeats) => prepared.time(repeats),
       dispose,
     };
+  }
+
+  async #backwardTrial(problem: MlaProblem, inputs: MlaInputs, cfg: FlashMLAConfig): Promise<MlaTrial> {
+    const context = this.#context;
+    checkBackward(context, problem, cfg);
+    const held: { dispose(): void }[] = [];
+    const dispose = () => held.splice(0).reverse().forEach((part) => part.dispose());
+    try {
+      const shared = await sharedBy(
+        inputs,
+        "tensors",
+        () => trialTensors(context, problem, inputs, resultType(inputs)),
+      );
+      held.push(shared);
+      const tensors = shared.resident;
+      const { piece, output, lse } = tensors;
+      const forward = await this.#prepare(
+        { problem: piece.problem, inputs: piece.inputs, queryRow: 0 },
+        cfg,
+        { out: output, lse },
+        { sharer: tensors },
+      );
+      held.push(forward);
+      const backward = !hasGradients(piece)
+        ? null
+        : await preparePiece(context, piece, cfg, (make) => sharedBy(tensors, "backward", make));
+      if (backward !== null) held.push(backward);
+      return await backwardTrial(context, tensors, forward.prepared, backward && backward.prepared, dispose);
+    } catch (error) {
+      dispose();
+      throw error;
+    }
   }
 
   probe(): Promise<number | null> {
@@ -250,7 +292,7 @@ class WebGpuTarget implements MlaTarget {
     piece: Piece,
     cfg: FlashMLAConfig,
     places: ResultPlaces,
-    sharing: { readonly sharer?: MlaInputs; readonly encoder?: GPUCommandEncoder } = {},
+    sharing: { readonly sharer?: object; readonly encoder?: GPUCommandEncoder } = {},
   ): Promise<Prepared> {
     const context = this.#context;
     const { problem, inputs } = piece;
@@ -270,7 +312,7 @@ class WebGpuTarget implements MlaTarget {
         lse: typeof lse === "object" ? lse : undefined,
       };
       const make = () => ResidentCall.create(context, problem, tensors, compiled.plan, encoder);
-      memory = sharer === undefined ? ownCall(await make()) : await sharedCall(sharer, make);
+      memory = sharer === undefined ? ownCall(await make()) : await sharedBy(sharer, "forward", make);
       return { prepared: await PreparedAttention.create(context, problem, compiled, memory.resident), dispose };
     } catch (error) {
       dispose();
@@ -293,10 +335,6 @@ class WebGpuTarget implements MlaTarget {
       // A listener's failure is no reason to stop computing.
     }
   }
-}
-
-function missing(what: string): FlashMLAError {
-  return new FlashMLAError("device", `Cannot run MLA on platform "webgpu": ${what} is not implemented yet`);
 }
 
 /** The devices whose users were told that halves are converted: once each. */

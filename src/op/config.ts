@@ -27,6 +27,8 @@ export interface FlashMLAConfig {
   readonly subgroups: boolean;
   /** Side of the square tile of the expansion GEMM: 32, 64 or 128. */
   readonly expandBlock: number;
+  /** Columns of the backward attention tiles: 32, 64 or 128; 256 for heads too wide for the registers of those. */
+  readonly gradBlock: number;
   /** The platform that this configuration is for. */
   readonly platform: Platform;
   /** The kind of processor that this configuration is for. */

@@ -24,6 +24,7 @@ const onlyConfig: FlashMLAConfig = {
   unrollDepth: false,
   subgroups: false,
   expandBlock: 1,
+  gradBlock: 1,
   platform: "reference",
   backend: "any",
 };

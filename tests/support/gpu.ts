@@ -28,6 +28,7 @@ export const smallConfig: FlashMLAConfig = {
   unrollDepth: true,
   subgroups: false,
   expandBlock: 32,
+  gradBlock: 32,
   platform: "webgpu",
   backend: "gpu",
 };

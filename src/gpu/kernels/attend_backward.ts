@@ -88,6 +88,9 @@ const queryLayouts: Readonly<Record<number, Layout>> = { ...layouts, 128: [128, 
 /** What is staged, best first: the first that fits the device's workgroup memory is taken. */
 const stagings: readonly (readonly [numStages: number, probColumns: number])[] = [[2, 4], [2, 2], [1, 2], [1, 1]];
 
+/** The same for the tiles that have to compile fast: one stage, and all columns of an invocation at once where they fit. */
+const smallStagings: typeof stagings = [[1, 4], [1, 1]];
+
 /** Registers that an invocation may keep scores and sums in. */
 const mostRegisters = 224;
 
@@ -102,7 +105,7 @@ export function gradTile(
   if (layout === undefined) return null;
   const [rows, columns, threadRows, threadColumns, depth] = layout;
   const small = depth === 4;
-  const tiles = (small ? stagings.slice(-1) : stagings).map(([numStages, probColumns]): GradTile => ({
+  const tiles = (small ? smallStagings : stagings).map(([numStages, probColumns]): GradTile => ({
     ...{ rows, columns, threadRows, threadColumns, depth, numStages, probColumns, unrollDepth },
   }));
   return tiles.find((tile) => workgroupBytes(target, tile, widths) <= limits.maxComputeWorkgroupStorageSize) ??

@@ -24,19 +24,21 @@ export interface RowStatsShape {
 export interface RowStatsWords {
   /** Rows of the range, and which row of the call, counted through all batch items, is its first. */
   readonly rows: readonly [count: number, first: number];
-  /** Query rows of a batch item, query heads, and the width of a value head. */
-  readonly sizes: readonly [queryLength: number, queryHeads: number, vHeadDim: number];
+  /** Query rows of a batch item, and the width of a value head. */
+  readonly sizes: readonly [queryLength: number, vHeadDim: number];
   /** First row of this dispatch. */
   readonly firstTile: number;
   /** Of the result. */
   readonly output: readonly [base: number, row: number, head: number, gap: number];
   /** Of ∂out. */
   readonly gradOutput: readonly [base: number, row: number, head: number, gap: number];
+  /** Of the log-sum-exps, whose rows are dense. */
+  readonly lse: readonly [base: number, item: number, head: number];
 }
 
 /** The words of the parameter block. */
-export function wordsOf({ rows, sizes, firstTile, output, gradOutput }: RowStatsWords): number[] {
-  return [...rows, ...sizes, firstTile, ...output, ...gradOutput];
+export function wordsOf({ rows, sizes, firstTile, output, gradOutput, lse }: RowStatsWords): number[] {
+  return [...rows, ...sizes, firstTile, ...output, ...gradOutput, ...lse];
 }
 
 /** The kernel's source. Workgroups: tiles of rows along x, heads along y. */
@@ -48,7 +50,6 @@ struct Params {
   rows: u32,        // of the range
   firstRow: u32,    // query row, counted through all batch items, that row 0 is
   queryLength: u32,
-  queryHeads: u32,
   V: u32,
   firstTile: u32,   // index of the first tile of rows of this dispatch
   outputBase: u32,  // elements from the binding's start to the first row, and so on
@@ -59,6 +60,9 @@ struct Params {
   gradRow: u32,
   gradHead: u32,
   gradGap: u32,
+  lseBase: u32,
+  lseItem: u32,
+  lseHead: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -81,15 +85,15 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     let outputAt = params.outputBase + row * params.outputRow + head * params.outputHead + rangeItem * params.outputGap;
     let gradAt = params.gradBase + row * params.gradRow + head * params.gradHead + rangeItem * params.gradGap;
     for (var column = (t % 8u) * 4u; column < params.V; column += 32u) {
-      let out = ${load4("output", shape.output, "outputAt", "column", "params.V")};
+      let result = ${load4("output", shape.output, "outputAt", "column", "params.V")};
       let grad = ${load4("gradOutput", shape.gradOutput, "gradAt", "column", "params.V")};
-      sum += dot(out, grad);
+      sum += dot(result, grad);
     }
   }
   sums[t / 8u][t % 8u] = sum;
   workgroupBarrier();
   if (t % 8u == 0u && row < params.rows) {
-    let logSum = lse[(item * params.queryHeads + head) * params.queryLength + whole % params.queryLength];
+    let logSum = lse[params.lseBase + item * params.lseItem + head * params.lseHead + whole % params.queryLength];
     if (bitcast<u32>(logSum) == 0xff800000u) {
       stats[head * params.rows + row] = vec2<f32>(-MASKED, 0.0);
     } else {

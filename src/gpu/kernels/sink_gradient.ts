@@ -51,7 +51,7 @@ struct Params {
 @group(0) @binding(2) var<storage, read> stats: array<vec2<f32>>;
 @group(0) @binding(3) var<storage, read_write> gradient: array<f32>;
 
-var<workgroup> partial: array<f32, ${workgroupSize}>;
+var<workgroup> sums: array<f32, ${workgroupSize}>;
 
 @compute @workgroup_size(${workgroupSize})
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) t: u32) {
@@ -62,15 +62,15 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     let stat = stats[first + i];
     sum += exp2(sink - stat.x) * stat.y;
   }
-  partial[t] = sum;
+  sums[t] = sum;
   workgroupBarrier();
-  for (var half = ${workgroupSize / 2}u; half > 0u; half /= 2u) {
-    if (t < half) { partial[t] += partial[t + half]; }
+  for (var step = ${workgroupSize / 2}u; step > 0u; step /= 2u) {
+    if (t < step) { sums[t] += sums[t + step]; }
     workgroupBarrier();
   }
   if (t == 0u) {
     let at = params.gradientBase + workgroup.y * params.sinks + workgroup.x;
-    var total = -partial[0];
+    var total = -sums[0];
     if (params.accumulate != 0u) { total += gradient[at]; }
     gradient[at] = total;
   }

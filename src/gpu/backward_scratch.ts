@@ -1,0 +1,106 @@
+// The memory of ours that gradients pass through, one group of KV heads at a time: keys, values and their gradients, which
+// are as large; what is known of every query row; and, where one rotary query part serves all heads, the gradients of a
+// range's queries before they are summed.
+//
+//   expanded      4 · keyRows · (heads · (P + V) + R) bytes
+//   gradExpanded  4 · keyRows · heads · (P + V + R) bytes
+//   stats         8 · queryRows · Hq bytes
+//   gradQuery     4 · rangeRows · heads · (P + R) bytes, with rope mode `shared`
+//
+// The first two together keep to scratchLimit, unless one head alone needs more.
+
+import type { MlaProblem } from "../op/mla_problem.ts";
+import type { GpuLimits } from "./capabilities.ts";
+import { type ExpandedScratch, type Region, scratchLimit } from "./expansion.ts";
+import { checkBinding, limitError } from "./limit_checks.ts";
+import type { RowRange } from "./schedule.ts";
+
+/** Alignment of the regions of scratch, WebGPU's strictest of a binding's offset. */
+const regionAlignment = 256;
+
+/** Regions behind each other in one buffer. */
+interface Regions {
+  /** Keys, or their gradients. */
+  readonly keys: Region;
+  /** Values, or their gradients. */
+  readonly values: Region;
+  /** Rotary keys, which all heads share, or each head's part of their gradients. */
+  readonly rope: Region;
+  /** Bytes of the buffer. */
+  readonly bytes: number;
+}
+
+/** Where everything lies. */
+export interface BackwardScratch {
+  /** Keys and values, as forward expands them, and rotary keys. */
+  readonly expanded: ExpandedScratch & Regions;
+  /** ∂K, ∂V and each head's part of ∂bK, `[keyRows, groupKvHeads, …]`. */
+  readonly gradExpanded: Regions;
+  /** Of each query range, what is known of its rows. */
+  readonly stats: readonly Region[];
+  /** Bytes for ∂query of the heads of a group; 0 unless it has to be summed over heads. */
+  readonly gradQueryBytes: number;
+  /** How attention loads and stores all of them. */
+  readonly element: "f32" | "vec4<f32>";
+}
+
+function regions(sizes: readonly [keys: number, values: number, rope: number]): Regions {
+  let end = 0;
+  const [keys, values, rope] = sizes.map((elements): Region => {
+    const offset = Math.ceil(end / regionAlignment) * regionAlignment;
+    const region = { offset, size: Math.max(16, elements * 4) };
+    end = offset + region.size;
+    return region;
+  });
+  return { keys, values, rope, bytes: end };
+}
+
+/**
+ * Lays out the scratch of a problem's head groups.
+ *
+ * @throws {FlashMLAError} With code `limit` when one head does not fit.
+ */
+export function backwardScratch(
+  problem: MlaProblem,
+  limits: GpuLimits,
+  queryRanges: readonly RowRange[],
+): BackwardScratch {
+  const { batch, keyLength, queryHeads, kvHeads, qkNopeHeadDim: P, qkRopeHeadDim: R, vHeadDim: V, rope } = problem;
+  const keyRows = batch * keyLength;
+  const headsPerKv = queryHeads / kvHeads;
+  if (headsPerKv > limits.maxComputeWorkgroupsPerDimension) {
+    throw limitError(`${headsPerKv} query heads per KV head`, "maxComputeWorkgroupsPerDimension", limits);
+  }
+  const layout = (heads: number) => ({
+    expanded: regions([keyRows * heads * P, keyRows * heads * V, keyRows * R]),
+    gradExpanded: regions([keyRows * heads * P, keyRows * heads * V, keyRows * heads * R]),
+  });
+  const fits = (heads: number) => {
+    const { expanded, gradExpanded } = layout(heads);
+    return expanded.bytes + gradExpanded.bytes <= scratchLimit &&
+      Math.max(expanded.bytes, gradExpanded.bytes) <= limits.maxStorageBufferBindingSize &&
+      heads * headsPerKv <= limits.maxComputeWorkgroupsPerDimension;
+  };
+  let groupKvHeads = kvHeads;
+  while (groupKvHeads > 1 && !fits(groupKvHeads)) groupKvHeads = Math.ceil(groupKvHeads / 2);
+  const { expanded, gradExpanded } = layout(groupKvHeads);
+  const largest = Math.max(expanded.bytes, gradExpanded.bytes);
+  checkBinding("the expanded keys and values of one head, or their gradients,", largest, limits);
+  const element = [P, R, V].every((width) => width % 4 === 0) ? "vec4<f32>" : "f32";
+  const stats: Region[] = [];
+  for (const { start, end } of queryRanges) {
+    const before = stats.at(-1);
+    const offset = before === undefined
+      ? 0
+      : Math.ceil((before.offset + before.size) / regionAlignment) * regionAlignment;
+    stats.push({ offset, size: Math.max(16, (end - start) * queryHeads * 8) });
+  }
+  const longest = Math.max(...queryRanges.map(({ start, end }) => end - start));
+  return {
+    expanded: { ...expanded, groupKvHeads, element },
+    gradExpanded,
+    stats,
+    gradQueryBytes: rope === "shared" ? longest * groupKvHeads * headsPerKv * (P + R) * 4 : 0,
+    element,
+  };
+}
