@@ -138,22 +138,18 @@ async function gradientErrors(setup: MatrixSetup, causal: boolean): Promise<stri
   const exact = referenceMlaAttentionBackward(small, problem, gradOutput);
   const call = await MatrixCall.create(context, problem, small, setup);
   await call.backward(gradOutput);
+  await call.projections();
   call.run();
   const query = new Float32Array(await call.read("∂query")).subarray(0, S * H * (P + R));
-  const expanded = new Float32Array(await call.read("∂expanded")).subarray(0, S * H * (P + V + R));
-  call.dispose();
-  const wKc = new Float64Array(L * H * P), wVc = new Float64Array(L * H * V), bK = new Float64Array(S * R);
-  for (let row = 0; row < S; row++) {
-    for (let l = 0; l < L; l++) {
-      const c = small.keyValue.data[row * L + l];
-      for (let x = 0; x < H * P; x++) wKc[l * H * P + x] += c * expanded[row * H * P + x];
-      for (let x = 0; x < H * V; x++) wVc[l * H * V + x] += c * expanded[S * H * P + row * H * V + x];
-    }
-    for (let x = 0; x < H * R; x++) bK[row * R + x % R] += expanded[S * H * (P + V) + row * H * R + x];
+  const expanded = new Float32Array(await call.read("∂expanded")).subarray(S * H * (P + V));
+  const bK = new Float64Array(S * R);
+  for (let i = 0; i < S * H * R; i++) bK[Math.floor(i / (H * R)) * R + i % R] += expanded[i];
+  const errors = [`query ${relative(query, exact.query!.data)}`, `bK ${relative(bK, exact.bK!.data)}`];
+  for (const name of ["keyValue", "wKc", "wVc"] as const) {
+    errors.push(`${name} ${relative(new Float32Array(await call.read(`∂${name}`)), exact[name]!.data)}`);
   }
-  return `query ${relative(query, exact.query!.data)}, wKc ${relative(wKc, exact.wKc!.data)}, wVc ${
-    relative(wVc, exact.wVc!.data)
-  }, bK ${relative(bK, exact.bK!.data)}`;
+  call.dispose();
+  return errors.join(", ");
 }
 
 interface Variant {
@@ -162,11 +158,14 @@ interface Variant {
   readonly expand: MatrixExpandTile;
   readonly grad?: MatrixGradTile;
   readonly gradKeys?: MatrixGradTile;
+  readonly latents?: MatrixExpandTile;
+  readonly weights?: MatrixExpandTile;
   readonly backend?: MatrixBackend;
   readonly causal?: boolean;
 }
 const attend: MatrixAttendTile = { blockQ: 128, blockK: 32, subgroups: 8, rowFragments: 2, pinned: true };
 const expand: MatrixExpandTile = { blockM: 128, blockN: 256, depth: 32, rowFragments: 4, columnFragments: 4 };
+const project: MatrixExpandTile = { blockM: 64, blockN: 128, depth: 32, rowFragments: 2, columnFragments: 2 };
 const grad: MatrixGradTile = { rows: 64, columns: 32, rowFragments: 2, pinned: true };
 const variants: Variant[] = [
   { name: "pinned", attend, expand, grad },
@@ -176,17 +175,31 @@ const variants: Variant[] = [
 ];
 const gradOutput = draw(1e-3, 1, S, H, V);
 
-for (const { name, backend = "template", causal = true, grad, gradKeys = grad, ...tiles } of variants) {
+for (
+  const {
+    name,
+    backend = "template",
+    causal = true,
+    grad,
+    gradKeys = grad,
+    latents = project,
+    weights = project,
+    ...tiles
+  } of variants
+) {
   if (!name.includes(only)) continue;
   try {
     const problem = mlaProblem(inputs, { causal });
     const setup: MatrixSetup = {
       ...{ ...tiles, backend, half: true },
-      ...(grad !== undefined && { grad: { query: grad, keys: gradKeys! } }),
+      ...(grad !== undefined && { grad: { query: grad, keys: gradKeys! }, project: { latents, weights } }),
     };
     const start = performance.now();
     const call = await MatrixCall.create(context, problem, inputs, setup);
-    if (grad !== undefined) await call.backward(gradOutput);
+    if (grad !== undefined) {
+      await call.backward(gradOutput);
+      await call.projections();
+    }
     const compile = performance.now() - start;
     call.run();
     const bits = new Uint16Array(await call.read("output"));
@@ -211,17 +224,28 @@ for (const { name, backend = "template", causal = true, grad, gradKeys = grad, .
   all    ${allMs}`,
     );
     if (grad !== undefined) {
-      for (const names of [["∂query"], ["∂keys"], ["stats", "magnitude", "stage"]]) {
+      for (
+        const names of [
+          ...[["∂query"], ["∂keys"], ["stats", "magnitude", "stage"]],
+          ...[["maxima"], ["projectKeysTolatents", "projectValuesTolatents"], [
+            "projectKeysToweights",
+            "projectValuesToweights",
+          ]],
+        ]
+      ) {
         const ms = await measured(call, names);
         const flops = names[0] === "∂query" ? 2 * (P + R) + V : 2 * (P + R + V);
         console.log(
           `  ${names} ${ms}${
-            names.length > 1 ? "" : `, ${(2 * pairs * H * flops / parseFloat(ms) / 1e9).toFixed(0)} TFLOP/s`
+            !names[0].startsWith("∂") ? "" : `, ${(2 * pairs * H * flops / parseFloat(ms) / 1e9).toFixed(0)} TFLOP/s`
           }`,
         );
       }
       console.log(
-        `  forward and backward without projections ${await measured(call, call.steps.map(({ name }) => name))}`,
+        `  forward and backward, all but the sum over heads ${await measured(
+          call,
+          call.steps.map(({ name }) => name),
+        )}`,
       );
       console.log(`  errors: ${await gradientErrors(setup, causal)}`);
     }

@@ -6,8 +6,10 @@ import { attendBindings } from "../../src/gpu/kernels/attend_operands.ts";
 import * as attend from "../../src/gpu/kernels/matrix_attend.ts";
 import * as grad from "../../src/gpu/kernels/matrix_attend_backward.ts";
 import * as expand from "../../src/gpu/kernels/matrix_expand.ts";
+import * as project from "../../src/gpu/kernels/matrix_expand_backward.ts";
 import * as magnitude from "../../src/gpu/kernels/matrix_magnitude.ts";
 import * as rope from "../../src/gpu/kernels/matrix_rope.ts";
+import * as maxima from "../../src/gpu/kernels/matrix_maxima.ts";
 import { matrixScratch, paddedWidth } from "../../src/gpu/kernels/matrix_scratch.ts";
 import * as stage from "../../src/gpu/kernels/matrix_stage.ts";
 import { stagedBytes } from "../../src/gpu/kernels/matrix_staged.ts";
@@ -30,6 +32,8 @@ export interface MatrixSetup {
   readonly expand: expand.MatrixExpandTile;
   /** The tiles of ∂query and of ∂K and ∂V. */
   readonly grad?: Readonly<Record<grad.MatrixGradTarget, grad.MatrixGradTile>>;
+  /** The tiles of the gradients of latents and of weights. */
+  readonly project?: Readonly<Record<"latents" | "weights", expand.MatrixExpandTile>>;
   /** Whether tensors are uploaded as halves and the output stored so. */
   readonly half: boolean;
 }
@@ -257,7 +261,10 @@ export class MatrixCall {
     await this.step(
       "stats",
       rowStats.wgsl({ output: this.element(V), gradOutput: this.element(V) }),
-      { rows, firstRow: 0, queryLength, queryHeads: H, V, firstTile: 0, ...dense, ...ofGrad },
+      {
+        ...{ rows, firstRow: 0, queryLength, V, firstTile: 0, ...dense, ...ofGrad },
+        ...{ lseBase: 0, lseItem: H * queryLength, lseHead: queryLength },
+      },
       { 1: output, 2: grads, 3: this.named.get("lse"), 4: stats },
       [Math.ceil(rows / rowStats.rowsPerWorkgroup), H],
     );
@@ -317,6 +324,61 @@ export class MatrixCall {
           ...(problem.scoreTerm !== "none" && { [at.term]: this.named.get(problem.scoreTerm) }),
         },
         [target === "query" ? H : G, blocks.length / blockWords],
+      );
+    }
+  }
+
+  /** Compiles and binds the projections of ∂K and ∂V: "∂keyValue", "∂wKc" and "∂wVc". */
+  async projections(): Promise<void> {
+    const { problem, setup } = this;
+    const { batch, keyLength, kvHeads: G, kvLoraRank: L, qkNopeHeadDim: P, vHeadDim: V } = problem;
+    const rows = batch * keyLength;
+    const expanded = this.named.get("∂expanded")!;
+    const most = this.buffer("maxima", maxima.maximaBytes);
+    const ends = { valuesBase: rows * G * P, valuesEnd: rows * G * (P + V) };
+    await this.step("maxima", maxima.wgsl(), ends, { 1: expanded, 2: most }, maxima.workgroups);
+    const latents = this.buffer("∂keyValue", rows * L * 4);
+    for (const side of ["keys", "values"] as const) {
+      const isKeys = side === "keys";
+      const columns = G * (isKeys ? P : V);
+      const base = isKeys ? 0 : rows * G * P;
+      const weight = this.named.get(isKeys ? "Keys" : "Values")!;
+      const ofExpanded = storageElement("f32", columns % 4 === 0 && base % 4 === 0);
+      const gradient = (width: number) => storageElement("f32", width % 4 === 0) as "f32" | "vec4<f32>";
+      const run = async (
+        which: "latents" | "weights",
+        shape: project.MatrixExpandBackwardShape,
+        params: Readonly<Record<string, number>>,
+        buffers: readonly GPUBuffer[],
+      ) => {
+        const tile = setup.project![which];
+        const code = project.wgsl(which, tile, shape, setup.backend);
+        const bindings = { 1: buffers[0], 2: buffers[1], 3: buffers[2], [project.maximaBinding]: most };
+        await this.step(
+          `project${isKeys ? "Keys" : "Values"}To${which}`,
+          code,
+          { firstTile: 0, leftItemRows: keyLength, leftGap: 0, gradientBase: 0, ...params },
+          bindings,
+          [Math.ceil(params.columns / tile.blockN), Math.ceil(params.rows / tile.blockM)],
+        );
+      };
+      await run(
+        "latents",
+        { side, left: ofExpanded, right: this.element(columns), gradient: gradient(L), gapped: false },
+        {
+          ...{ rows, columns: L, depth: columns, leftBase: base, leftRow: columns, rightBase: 0, rightRow: columns },
+          ...{ gradientRow: L, accumulate: Number(!isKeys) },
+        },
+        [expanded, weight, latents],
+      );
+      await run(
+        "weights",
+        { side, left: this.element(L), right: ofExpanded, gradient: gradient(columns), gapped: false },
+        {
+          ...{ rows: L, columns, depth: rows, leftBase: 0, leftRow: L, rightBase: base, rightRow: columns },
+          ...{ gradientRow: columns, accumulate: 0 },
+        },
+        [this.named.get("keyValue")!, expanded, this.buffer(isKeys ? "∂wKc" : "∂wVc", L * columns * 4)],
       );
     }
   }

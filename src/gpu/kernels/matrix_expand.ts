@@ -9,7 +9,7 @@
 // Sums past the largest half, 65,504, become that instead of infinity: keys that large decide the softmax either way.
 
 import type { Capabilities } from "../capabilities.ts";
-import { halfRange, paddedWidth } from "./matrix_scratch.ts";
+import { halfRange, loadHalves, paddedWidth } from "./matrix_scratch.ts";
 import {
   fragmentQuads,
   fragmentSize,
@@ -20,7 +20,7 @@ import {
   subgroupSize,
 } from "./matrix_unit.ts";
 import { indent, unroll } from "./register_tile.ts";
-import { load4, storageDirectives, type StorageElement } from "./storage_element.ts";
+import { storageDirectives, type StorageElement } from "./storage_element.ts";
 
 /** The tile of one kernel. */
 export interface MatrixExpandTile {
@@ -187,33 +187,23 @@ ${unit.declarations([latents, weights, results])}
 
 ${halfRange}
 
-fn loadLatent4(row: u32, column: u32) -> vec4<f32> {
-  if (row >= params.rows || column >= params.L) { return vec4<f32>(); }
-  let offset = params.latentBase + row * params.latentRow${
-    shape.gapped ? " + (row / params.latentRows) * params.latentGap" : ""
-  };
-  return ${load4("latent", shape.latent, "offset", "column", "params.L")};
-}
-
 fn loadLatents(piece: u32, slice: u32, rowBase: u32) -> vec4<u32> {
   let row = rowBase + piece / ${depthQuads}u;
   let column = slice * DEPTH + piece % ${depthQuads}u * 8u;
-  return packHalves(saturated(loadLatent4(row, column)), saturated(loadLatent4(row, column + 4u)));
-}
-
-fn loadWeight4(row: u32, head: u32, within: u32) -> vec4<f32> {
-  if (within >= WIDTH) { return vec4<f32>(); }
-  let offset = params.weightBase + row * params.weightStride + params.firstColumn + head * WIDTH;
-  return ${load4("weight", shape.weight, "offset", "within", "WIDTH")};
+  if (row >= params.rows || column >= params.L) { return vec4<u32>(); }
+  let offset = params.latentBase + row * params.latentRow${
+    shape.gapped ? " + (row / params.latentRows) * params.latentGap" : ""
+  };
+  return ${loadHalves("latent", shape.latent, "offset", "column", "params.L")};
 }
 
 fn loadWeights(piece: u32, slice: u32, columnBase: u32) -> vec4<u32> {
   let row = slice * DEPTH + piece / ${columnQuads}u;
   let column = columnBase + piece % ${columnQuads}u * 8u;
-  if (row >= params.L || column >= params.columns) { return vec4<u32>(); }
-  let head = column / PADDED;
   let within = column % PADDED;
-  return packHalves(saturated(loadWeight4(row, head, within)), saturated(loadWeight4(row, head, within + 4u)));
+  if (row >= params.L || column >= params.columns || within >= WIDTH) { return vec4<u32>(); }
+  let offset = params.weightBase + row * params.weightStride + params.firstColumn + column / PADDED * WIDTH;
+  return ${loadHalves("weight", shape.weight, "offset", "within", "WIDTH")};
 }
 
 @compute @workgroup_size(${size})

@@ -7,6 +7,7 @@
 
 import type { MlaProblem } from "../../op/mla_problem.ts";
 import { fragmentSize } from "./matrix_unit.ts";
+import { load4, type StorageElement } from "./storage_element.ts";
 
 /** The widths of a head. */
 export type HeadWidths = Pick<MlaProblem, "qkNopeHeadDim" | "qkRopeHeadDim" | "vHeadDim">;
@@ -50,3 +51,25 @@ fn finiteHalves(quad: vec4<u32>) -> vec4<u32> {
   let high = select(vec4<u32>(0xffff0000u), vec4<u32>(), (quad & vec4<u32>(0x7c000000u)) == vec4<u32>(0x7c000000u));
   return quad & (low | high);
 }`;
+
+/**
+ * WGSL expression of eight neighbours along the last axis as halves, zeros for those at or past `width`. It needs
+ * {@link halfRange} and the matrix unit's `packHalves`; halves that lie in quads pass as they are.
+ *
+ * @param column First of the eight columns; a multiple of 8, below `width`.
+ */
+export function loadHalves(
+  buffer: string,
+  element: StorageElement,
+  offset: string,
+  column: string,
+  width: string,
+): string {
+  const second = `${column} + 4u`;
+  if (element === "vec4<f16>") {
+    const at = `(${offset} + ${column}) / 4u`;
+    return `vec4<u32>(bitcast<vec2<u32>>(${buffer}[${at}]), select(vec2<u32>(), bitcast<vec2<u32>>(${buffer}[${at} + 1u]), ${second} < ${width}))`;
+  }
+  const [low, high] = [column, `(${second})`].map((at) => load4(buffer, element, offset, at, width));
+  return `packHalves(saturated(${low}), select(vec4<f32>(), saturated(${high}), ${second} < ${width}))`;
+}

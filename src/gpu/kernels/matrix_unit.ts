@@ -73,8 +73,8 @@ export interface MatrixUnit {
   over(index: string, count: number, step: (index: string) => string): string;
   /** WGSL expression of a result of zeros. */
   readonly zero: string;
-  /** WGSL expression of a left fragment, loaded in row order. */
-  loadLeft(memory: MatrixMemory, offset: string, stride: number): string;
+  /** WGSL expression of a left fragment; in row order when not said otherwise. */
+  loadLeft(memory: MatrixMemory, offset: string, stride: number, order?: MatrixOrder): string;
   /** A right fragment. */
   right(name: string, memory: MatrixMemory, offset: string, stride: number, order: MatrixOrder): RightFragment;
   /** WGSL statement that adds left · right to the result named `result`. */
@@ -175,7 +175,7 @@ fn packHalves(low: vec4<f32>, high: vec4<f32>) -> vec4<u32> {
         declaration: unroll(rows, (r) => unroll(columns, (c) => `var ${at(`${r}`, `${c}`)}: ${type(side)};`)),
       };
     },
-    loadLeft: (memory, offset, stride) => load("left", memory, offset, stride, "row"),
+    loadLeft: (memory, offset, stride, order = "row") => load("left", memory, offset, stride, order),
     right: (name, memory, offset, stride, order) => ({
       ...{ name, memory, stride, order },
       code: `let ${name} = ${load("right", memory, offset, stride, order)};`,
@@ -241,7 +241,8 @@ ${memories.map((memory) => memory.kind === "halves" ? halvesFunctions(memory) : 
     declaration: `var ${name}: array<${side === "left" ? "LeftFragment" : "ResultFragment"}, ${rows * columns}>;`,
     at: (row, column) => `${name}[${row} * ${columns}u + ${column}]`,
   }),
-  loadLeft: ({ name }, offset, stride) => `${name}_left(${offset}, ${stride}u)`,
+  loadLeft: ({ name }, offset, stride, order = "row") =>
+    `${name}_left${order === "row" ? "" : "Column"}(${offset}, ${stride}u)`,
   right: (name, memory, offset, stride, order) => ({
     ...{ name, memory, stride, order },
     code: `let ${name} = ${offset};`,
@@ -271,6 +272,21 @@ function halvesFunctions({ name }: MatrixMemory): string {
   let first = ${name}[offset + lane / 2u * stride];
   let second = ${name}[offset + lane / 2u * stride + 1u];
   return LeftFragment(lowHalves(first), highHalves(first), lowHalves(second), highHalves(second));
+}
+
+fn ${name}_leftColumn(offset: u32, stride: u32) -> LeftFragment {
+  let row = lane / 2u;
+  var halves: array<f32, 16>;
+  for (var k = 0u; k < 16u; k += 1u) {
+    let quad = ${name}[offset + k * stride + row / 8u];
+    halves[k] = unpack2x16float(quad[row % 8u / 2u])[row % 2u];
+  }
+  return LeftFragment(
+    vec4<f32>(halves[0], halves[1], halves[2], halves[3]),
+    vec4<f32>(halves[4], halves[5], halves[6], halves[7]),
+    vec4<f32>(halves[8], halves[9], halves[10], halves[11]),
+    vec4<f32>(halves[12], halves[13], halves[14], halves[15]),
+  );
 }
 
 fn ${name}_row(left: LeftFragment, offset: u32, stride: u32, sum: ResultFragment) -> ResultFragment {
