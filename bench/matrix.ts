@@ -24,7 +24,17 @@ const S = Number(argument("length", "4096"));
 const H = Number(argument("heads", "16"));
 const [L, P, R, V] = [512, 128, 64, 128];
 
-const context = await gpuContext(await openDevice({ engine: "dawn", features: [subgroupMatrixFeature] }));
+/** Dawn without the checks of indices that the library leaves on: what they cost. */
+async function unchecked(): Promise<GPU> {
+  const { create } = await import(Deno.env.get("FLASH_MLA_WEBGPU_MODULE") ?? "npm:webgpu@0.6.2");
+  const enabled = "allow_unsafe_apis,vulkan_enable_f16_on_nvidia,disable_robustness,disable_workgroup_init";
+  const flags = [`enable-dawn-features=${enabled}`, "disable-dawn-features=timestamp_quantization"];
+  // Dawn crashes when it is collected.
+  return (globalThis as { keptGpu?: GPU }).keptGpu = create(flags) as GPU;
+}
+
+const engine = Deno.args.includes("--unchecked") ? await unchecked() : "dawn";
+const context = await gpuContext(await openDevice({ engine, features: [subgroupMatrixFeature] }));
 console.log(`${context.capabilities.adapter}, ${context.capabilities.engine}, S ${S}, H ${H}`);
 console.log(JSON.stringify(context.capabilities.subgroupMatrices.filter((m) => m.resultComponentType === "f32")));
 
@@ -168,10 +178,27 @@ const expand: MatrixExpandTile = { blockM: 128, blockN: 256, depth: 32, rowFragm
 const project: MatrixExpandTile = { blockM: 64, blockN: 128, depth: 32, rowFragments: 2, columnFragments: 2 };
 const grad: MatrixGradTile = { rows: 64, columns: 32, rowFragments: 2, pinned: true };
 const variants: Variant[] = [
-  { name: "pinned", attend, expand, grad },
-  { name: "unpinned", attend, expand, grad: { ...grad, pinned: false } },
-  { name: "32 rows", attend, expand, grad: { ...grad, rows: 32 } },
-  { name: "64 rows of one fragment", attend, expand, grad: { ...grad, rowFragments: 1, rows: 32, columns: 64 } },
+  { name: "chosen", attend, expand, grad: { ...grad, pinned: false } },
+  {
+    name: "GEMM 128 × 128, 8 subgroups",
+    attend: { ...attend, pinned: false },
+    expand: { ...expand, blockN: 128, rowFragments: 2 },
+  },
+  { name: "GEMM 256 × 128", attend, expand: { ...expand, blockM: 256, blockN: 128 } },
+  { name: "GEMM 64 × 256", attend, expand: { ...expand, blockM: 64, rowFragments: 2 } },
+  {
+    name: "projections 128 × 128",
+    ...{ attend, expand, grad: { ...grad, pinned: false } },
+    latents: { ...project, blockM: 128, rowFragments: 4 },
+    weights: { ...project, blockM: 64, blockN: 64, columnFragments: 1 },
+  },
+  {
+    name: "projections depth 64",
+    ...{ attend, expand, grad: { ...grad, pinned: false } },
+    latents: { ...project, depth: 64 },
+    weights: { ...project, depth: 64 },
+  },
+  { name: "deprecated syntax", attend, expand, backend: "flag" },
 ];
 const gradOutput = draw(1e-3, 1, S, H, V);
 

@@ -1,5 +1,5 @@
-// Gradients of attention on matrix units against the oracle, with emulated products. ∂K, ∂V and ∂rope are held against it
-// through the projections that follow them: ∂wKc = cᵀ·∂K, ∂wVc = cᵀ·∂V, ∂bK = Σ over heads of ∂rope.
+// Gradients on matrix units against the oracle, with emulated products: of attention, and of the expansion, which come from
+// ∂K and ∂V. ∂rope is summed over heads here.
 
 import { describe, test } from "node:test";
 import { assert } from "@std/assert";
@@ -13,12 +13,14 @@ import { relL2 } from "./support/metrics.ts";
 import { normals, randomTensor } from "./support/random_problem.ts";
 
 const tile = { rows: 32, columns: 32, rowFragments: 2, pinned: true };
+const projection = { blockM: 32, blockN: 32, depth: 32, rowFragments: 1, columnFragments: 1 };
 const setup: MatrixSetup = {
   backend: "emulated",
   half: false,
   attend: { blockQ: 32, blockK: 32, subgroups: 2, rowFragments: 1, pinned: true },
   expand: { blockM: 32, blockN: 32, depth: 16, rowFragments: 1, columnFragments: 2 },
   grad: { query: tile, keys: tile },
+  project: { latents: projection, weights: { ...projection, blockM: 16, blockN: 64, columnFragments: 2 } },
 };
 const [L, P, R, V] = [24, 20, 12, 24];
 
@@ -45,29 +47,20 @@ async function computed(
   const call = await MatrixCall.create(await testContext(), problem, { ...inputs, ...options } as HostInputs, setup);
   try {
     await call.backward(gradOutput);
+    await call.projections();
     call.run();
     const rows = batch * keyLength;
     const query = new Float32Array(await call.read("∂query")).subarray(0, batch * queryLength * H * (P + R));
     const expanded = new Float32Array(await call.read("∂expanded"));
-    const weights = (first: number, width: number) => {
-      const sum = new Float32Array(L * width);
-      for (let row = 0; row < rows; row++) {
-        for (let l = 0; l < L; l++) {
-          for (let x = 0; x < width; x++) {
-            const latent = inputs.keyValue.data[row * L + l];
-            // NaN latents of keys that nobody sees have zero gradients.
-            const gradient = expanded[first + row * width + x];
-            if (gradient !== 0) sum[l * width + x] += latent * gradient;
-          }
-        }
-      }
-      return sum;
-    };
     const bK = new Float32Array(rows * R);
     for (let i = 0; i < rows * G * R; i++) {
       bK[Math.floor(i / (G * R)) * R + i % R] += expanded[rows * G * (P + V) + i];
     }
-    return { query, wKc: weights(0, G * P), wVc: weights(rows * G * P, G * V), bK };
+    const read = async (name: string, count: number) => new Float32Array(await call.read(name)).subarray(0, count);
+    return {
+      ...{ query, bK, keyValue: await read("∂keyValue", rows * L) },
+      ...{ wKc: await read("∂wKc", L * G * P), wVc: await read("∂wVc", L * G * V) },
+    };
   } finally {
     call.dispose();
   }
@@ -80,7 +73,7 @@ async function agrees(inputs: HostInputs, options: MlaMathOptions, scale = 1): P
   const actual = await computed(inputs, options, gradOutput);
   const all = { ...inputs, ...options } as HostInputs;
   const expected = referenceMlaAttentionBackward(all, mlaProblem(inputs, options), gradOutput);
-  for (const name of ["query", "wKc", "wVc", "bK"] as const) {
+  for (const name of ["query", "keyValue", "wKc", "wVc", "bK"] as const) {
     const error = relL2(actual[name], expected[name]!.data);
     assert(error < 5e-3, `∂${name} is off by ${error}`);
   }
@@ -106,7 +99,7 @@ describe("gradients of attention on emulated matrix units", { skip }, () => {
     const gradOutput = randomTensor([1, 37, 4, V], normals(98));
     const actual = await computed(inputs, options, gradOutput);
     const expected = referenceMlaAttentionBackward(clean, mlaProblem(clean, options), gradOutput);
-    for (const name of ["query", "wKc", "wVc", "bK"] as const) {
+    for (const name of ["query", "keyValue", "wKc", "wVc", "bK"] as const) {
       const error = relL2(actual[name], expected[name]!.data);
       assert(error < 5e-3, `∂${name} is off by ${error}`);
     }
