@@ -502,39 +502,40 @@ ${blockStruct}
 ${termBinding(terms, bindings.term)}`;
 }
 
-/** WGSL functions that load eight neighbours of a row as halves, zeros past `end`. Heads are query heads throughout. */
+/**
+ * WGSL functions that load eight neighbours of a row as halves. Past the last row stands the last one again: its pairs are
+ * masked, or its sums dropped. Loads stand outside of branches: those inside of one each wait for memory by itself. Heads
+ * are query heads throughout.
+ */
 function loaders({ qkRopeHeadDim }: MatrixGradShape): string {
-  return `fn loadQuery(row: u32, end: u32, head: u32, quad: u32) -> vec4<u32> {
-  if (row >= end) { return vec4<u32>(); }
-  return staged[HEADER_QUADS + (row * params.queryHeads + head) * DEPTH_QUADS + quad];
+  return `fn within(row: u32, end: u32) -> u32 { return min(row, max(end, 1u) - 1u); }
+
+fn loadQuery(row: u32, end: u32, head: u32, quad: u32) -> vec4<u32> {
+  return staged[HEADER_QUADS + (within(row, end) * params.queryHeads + head) * DEPTH_QUADS + quad];
 }
 
 fn loadGrad(row: u32, end: u32, head: u32, quad: u32) -> vec4<u32> {
-  if (row >= end) { return vec4<u32>(); }
   let grads = HEADER_QUADS + params.rangeRows * params.queryHeads * DEPTH_QUADS;
-  return staged[grads + (row * params.queryHeads + head) * VALUE_QUADS + quad];
+  return staged[grads + (within(row, end) * params.queryHeads + head) * VALUE_QUADS + quad];
 }
 
 fn loadKey(row: u32, end: u32, head: u32, quad: u32) -> vec4<u32> {
-  if (row >= end) { return vec4<u32>(); }
-  let nope = (row * params.groupKvHeads + head / params.groupSize - params.firstKvHead) * NOPE_QUADS + quad;
+  let key = within(row, end);
+  let nope = (key * params.groupKvHeads + head / params.groupSize - params.firstKvHead) * NOPE_QUADS + quad;
 ${
     qkRopeHeadDim === 0
       ? "  return expanded[nope];"
-      : `  return expanded[select(params.ropeBase / 8u + row * ROPE_QUADS + quad - NOPE_QUADS, nope, quad < NOPE_QUADS)];`
+      : `  return expanded[select(params.ropeBase / 8u + key * ROPE_QUADS + quad - NOPE_QUADS, nope, quad < NOPE_QUADS)];`
   }
 }
 
 fn loadValue(row: u32, end: u32, head: u32, quad: u32) -> vec4<u32> {
-  if (row >= end) { return vec4<u32>(); }
   let kvHead = head / params.groupSize - params.firstKvHead;
-  return expanded[params.valuesBase / 8u + (row * params.groupKvHeads + kvHead) * VALUE_QUADS + quad];
+  let at = (within(row, end) * params.groupKvHeads + kvHead) * VALUE_QUADS + quad;
+  return expanded[params.valuesBase / 8u + at];
 }
 
-fn rowStats(row: u32, end: u32, head: u32) -> vec2<f32> {
-  if (row >= end) { return vec2<f32>(-MASKED, 0.0); }
-  return stats[head * params.rangeRows + row];
-}`;
+fn rowStats(row: u32, end: u32, head: u32) -> vec2<f32> { return stats[head * params.rangeRows + within(row, end)]; }`;
 }
 
 /** WGSL functions that store four neighbours of a row of a gradient; columns count padded widths. */

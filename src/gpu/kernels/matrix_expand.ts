@@ -3,8 +3,8 @@
 //
 //   one workgroup = blockM × blockN of the result; each subgroup owns 16·rowFragments × 16·columnFragments of it
 //   the latent axis streams through workgroup memory `depth` at a time; the next slice waits in registers meanwhile
-//   workgroup memory in quads (128 × 256 × 32, 8 subgroups of 64 × 64: 45.6 KB):
-//     latents  blockM · (depth/8 + 1)    weights  depth · (blockN/8 + 1)    results  subgroups · 16 · 9
+//   workgroup memory in quads (128 × 256 × 32, 8 subgroups of 64 × 64: 37.4 KB):
+//     latents  blockM · (depth/8 + 1)    weights  depth · (blockN/8 + 1)    results  subgroups · 16 · 5
 //
 // Sums past the largest half, 65,504, become that instead of infinity: keys that large decide the softmax either way.
 
@@ -32,7 +32,7 @@ export interface MatrixExpandTile {
   readonly depth: number;
   /** Rows of a subgroup, in fragments. */
   readonly rowFragments: number;
-  /** Columns of a subgroup, in fragments; a multiple of 2. */
+  /** Columns of a subgroup, in fragments. */
   readonly columnFragments: number;
 }
 
@@ -48,7 +48,8 @@ export interface MatrixExpandShape {
   readonly gapped: boolean;
 }
 
-const resultStride = 9;
+/** Quads from one row to the next of a result fragment that is stored by itself. */
+const resultStride = fragmentSize / 4 + 1;
 
 function layout({ blockM, blockN, depth, rowFragments, columnFragments }: MatrixExpandTile) {
   const subgroupRows = blockM / (rowFragments * fragmentSize);
@@ -76,7 +77,7 @@ export function workgroupBytes(tile: MatrixExpandTile): number {
 /** Why this tile cannot run, or null when it can. */
 export function whyInvalid(tile: MatrixExpandTile, { limits }: Pick<Capabilities, "limits">): string | null {
   const { subgroups } = layout(tile);
-  if (!Number.isInteger(subgroups) || tile.columnFragments % 2 !== 0 || tile.depth % fragmentSize !== 0) {
+  if (!Number.isInteger(subgroups) || tile.depth % fragmentSize !== 0) {
     return `${tile.blockM} × ${tile.blockN} × ${tile.depth} is not a whole number of the subgroups' parts`;
   }
   if (workgroupSize(tile) > limits.maxComputeInvocationsPerWorkgroup) {
@@ -187,23 +188,27 @@ ${unit.declarations([latents, weights, results])}
 
 ${halfRange}
 
+// Loads stand outside of branches: those inside of one each wait for memory by itself.
 fn loadLatents(piece: u32, slice: u32, rowBase: u32) -> vec4<u32> {
-  let row = rowBase + piece / ${depthQuads}u;
-  let column = slice * DEPTH + piece % ${depthQuads}u * 8u;
-  if (row >= params.rows || column >= params.L) { return vec4<u32>(); }
+  let row = min(rowBase + piece / ${depthQuads}u, params.rows - 1u);
+  let wanted = slice * DEPTH + piece % ${depthQuads}u * 8u;
+  let exists = wanted < params.L;
+  let column = select(0u, wanted, exists);
   let offset = params.latentBase + row * params.latentRow${
     shape.gapped ? " + (row / params.latentRows) * params.latentGap" : ""
   };
-  return ${loadHalves("latent", shape.latent, "offset", "column", "params.L")};
+  return select(vec4<u32>(), ${loadHalves("latent", shape.latent, "offset", "column", "params.L")}, exists);
 }
 
 fn loadWeights(piece: u32, slice: u32, columnBase: u32) -> vec4<u32> {
-  let row = slice * DEPTH + piece / ${columnQuads}u;
+  let wanted = slice * DEPTH + piece / ${columnQuads}u;
   let column = columnBase + piece % ${columnQuads}u * 8u;
-  let within = column % PADDED;
-  if (row >= params.L || column >= params.columns || within >= WIDTH) { return vec4<u32>(); }
-  let offset = params.weightBase + row * params.weightStride + params.firstColumn + column / PADDED * WIDTH;
-  return ${loadHalves("weight", shape.weight, "offset", "within", "WIDTH")};
+  let exists = wanted < params.L && column < params.columns && column % PADDED < WIDTH;
+  let row = select(0u, wanted, exists);
+  let head = select(0u, column / PADDED, exists);
+  let within = select(0u, column % PADDED, exists);
+  let offset = params.weightBase + row * params.weightStride + params.firstColumn + head * WIDTH;
+  return select(vec4<u32>(), ${loadHalves("weight", shape.weight, "offset", "within", "WIDTH")}, exists);
 }
 
 @compute @workgroup_size(${size})
@@ -226,37 +231,25 @@ ${indent(multiply, 4)}
     workgroupBarrier();
   }
 
-  // Two neighbouring fragments at a time, rows of 32, through the subgroup's own memory.
-  let own = subgroup * ${fragmentSize * resultStride}u;
+  // A fragment at a time, through the subgroup's own memory: half a row, eight halves, to an invocation.
+  let part = subgroup * ${fragmentSize * resultStride}u + lane / 2u * ${resultStride}u + lane % 2u * 2u;
 ${
     indent(
       unit.over("r", rowFragments, (r) =>
-        unit.over("pair", columnFragments / 2, (pair) => {
-          // Native indices are literals, whose sum is one only when it is made here.
-          const [first, second] = unit.native
-            ? [`${2 * parseInt(pair)}u`, `${2 * parseInt(pair) + 1}u`]
-            : [`2u * ${pair}`, `(2u * ${pair} + 1u)`];
-          return `${unit.storeResult(results, "own", resultStride, sums.at(r, first))}
-${unit.storeResult(results, "own + 4u", resultStride, sums.at(r, second))}
+        unit.over("n", columnFragments, (n) =>
+          `${unit.storeResult(results, `subgroup * ${fragmentSize * resultStride}u`, resultStride, sums.at(r, n))}
 workgroupBarrier();
-${
-            unroll(2, (i) =>
-              `{
-  let ownRow = (lane + ${i * subgroupSize}u) / 4u;
-  let ownPart = (lane + ${i * subgroupSize}u) % 4u;
-  let at = own + ownRow * ${resultStride}u + ownPart * 2u;
-  let row = rowBase + (subgroupRow * ${rowFragments}u + ${r}) * 16u + ownRow;
-  let column = columnBase + (subgroupColumn * ${columnFragments}u + ${first}) * 16u + ownPart * 8u;
+{
+  let row = rowBase + (subgroupRow * ${rowFragments}u + ${r}) * 16u + lane / 2u;
+  let column = columnBase + (subgroupColumn * ${columnFragments}u + ${n}) * 16u + lane % 2u * 8u;
   if (row < params.rows && column < params.columns) {
     expanded[(params.expandedBase + row * params.columns + column) / 8u] = packHalves(
-      saturated(${unit.readQuad(results, "at")}),
-      saturated(${unit.readQuad(results, "at + 1u")}),
+      saturated(${unit.readQuad(results, "part")}),
+      saturated(${unit.readQuad(results, "part + 1u")}),
     );
   }
-}`)
-          }
-workgroupBarrier();`;
-        })),
+}
+workgroupBarrier();`)),
       2,
     )
   }

@@ -8,7 +8,7 @@
 // ∂K is scaled by the power of two that brings its largest element to 2^14 … 2^15, which is undone in float32. Parameters and
 // the first bindings are those of expand_backward.ts; the partial maxima of matrix_maxima.ts come on top.
 
-import { halfRange, loadHalves } from "./matrix_scratch.ts";
+import { halfRange } from "./matrix_scratch.ts";
 import type { MatrixExpandTile } from "./matrix_expand.ts";
 import { partialMaxima } from "./matrix_maxima.ts";
 import {
@@ -81,24 +81,15 @@ export function wgsl(
     });
   const leftPieces = sides.leftRows * leftQuads;
   const rightPieces = sides.rightRows * rightQuads;
-  const load = (slice: string) =>
-    toLatents
-      ? `${
-        pieces(leftPieces, (piece, i) =>
-          `a${i} = loadLeft(rowBase + (${piece}) / ${leftQuads}u, ${slice} * DEPTH + (${piece}) % ${leftQuads}u * 8u, factor);`)
-      }
-${
-        pieces(rightPieces, (piece, i) =>
-          `b${i} = loadRight(columnBase + (${piece}) / ${rightQuads}u, ${slice} * DEPTH + (${piece}) % ${rightQuads}u * 8u);`)
-      }`
-      : `${
-        pieces(leftPieces, (piece, i) =>
-          `a${i} = loadLeft(${slice} * DEPTH + (${piece}) / ${leftQuads}u, rowBase + (${piece}) % ${leftQuads}u * 8u);`)
-      }
-${
-        pieces(rightPieces, (piece, i) =>
-          `b${i} = loadRight(${slice} * DEPTH + (${piece}) / ${rightQuads}u, columnBase + (${piece}) % ${rightQuads}u * 8u, factor);`)
-      }`;
+  const load = (slice: string) => {
+    const along = (base: string, piece: string, quads: number) =>
+      `${base} + (${piece}) / ${quads}u, ${slice} * DEPTH + (${piece}) % ${quads}u * 8u`;
+    const across = (base: string, piece: string, quads: number) =>
+      `${slice} * DEPTH + (${piece}) / ${quads}u, ${base} + (${piece}) % ${quads}u * 8u`;
+    const where = toLatents ? along : across;
+    return `${pieces(leftPieces, (piece, i) => `a${i} = loadLeft(${where("rowBase", piece, leftQuads)}, factor);`)}
+${pieces(rightPieces, (piece, i) => `b${i} = loadRight(${where("columnBase", piece, rightQuads)}, factor);`)}`;
+  };
   const at = (piece: string, quads: number) => `(${piece}) / ${quads}u * ${quads + 1}u + (${piece}) % ${quads}u`;
   const store = `${pieces(leftPieces, (piece, i) => unit.writeQuad(left, at(piece, leftQuads), `a${i}`))}
 ${pieces(rightPieces, (piece, i) => unit.writeQuad(right, at(piece, rightQuads), `b${i}`))}`;
@@ -128,43 +119,41 @@ ${unroll(rowFragments, (r) => unit.accumulate(sums.at(`${r}u`, n), `left${r}`, f
   const latentRow = `params.leftBase + row * params.leftRow${
     shape.gapped && !toLatents ? " + (row / params.leftItemRows) * params.leftGap" : ""
   }`;
+  const ofLeft = (width: string) => load4("leftRows", shape.left, "offset", "column", width);
+  const ofRight = (width: string) => load4("rightRows", shape.right, "offset", "column", width);
+  /** A function that loads four neighbours, zeros where there are none; its load stands outside of branches. */
+  const four = (name: string, rows: string, columns: string, offset: string, value: string) =>
+    `fn ${name}(wantedRow: u32, wantedColumn: u32) -> vec4<f32> {
+  let exists = wantedRow < params.${rows} && wantedColumn < params.${columns};
+  let row = select(0u, wantedRow, exists);
+  let column = select(0u, wantedColumn, exists);
+  let offset = ${offset};
+  return select(vec4<f32>(), ${value}, exists);
+}`;
+  const rightRow = "params.rightBase + row * params.rightRow";
   const loads = toLatents
-    ? `fn left4(row: u32, column: u32) -> vec4<f32> {
-  if (row >= params.rows || column >= params.depth) { return vec4<f32>(); }
-  let offset = ${latentRow};
-  return ${load4("leftRows", shape.left, "offset", "column", "params.depth")};
-}
+    ? `${four("left4", "rows", "depth", latentRow, ofLeft("params.depth"))}
 
-fn loadLeft(row: u32, column: u32, factor: f32) -> vec4<u32> {
-  return packHalves(saturated(factor * left4(row, column)), saturated(factor * left4(row, column + 4u)));
-}
+${four("right4", "columns", "depth", rightRow, ofRight("params.depth"))}`
+    : `${four("left4", "depth", "rows", latentRow, ofLeft("params.rows"))}
 
-fn loadRight(row: u32, column: u32) -> vec4<u32> {
-  if (row >= params.columns || column >= params.depth) { return vec4<u32>(); }
-  let offset = params.rightBase + row * params.rightRow;
-  return ${loadHalves("rightRows", shape.right, "offset", "column", "params.depth")};
-}`
-    : `// Latents of a row that nobody saw may hold anything; where the row was seen, it comes back through ∂K.
-fn left4(row: u32, column: u32) -> vec4<f32> {
-  if (row >= params.depth || column >= params.rows) { return vec4<f32>(); }
-  let offset = ${latentRow};
-  let value = ${load4("leftRows", shape.left, "offset", "column", "params.rows")};
+${four("right4", "depth", "columns", rightRow, ofRight("params.columns"))}
+
+// Latents of a row that nobody saw may hold anything; where the row was seen, it comes back through ∂K.
+fn finite(value: vec4<f32>) -> vec4<f32> {
   let exponent = bitcast<vec4<u32>>(value) & vec4<u32>(0x7f800000u);
   return select(value, vec4<f32>(), exponent == vec4<u32>(0x7f800000u));
-}
-
-fn right4(row: u32, column: u32) -> vec4<f32> {
-  if (row >= params.depth || column >= params.columns) { return vec4<f32>(); }
-  let offset = params.rightBase + row * params.rightRow;
-  return ${load4("rightRows", shape.right, "offset", "column", "params.columns")};
-}
-
-fn loadLeft(row: u32, column: u32) -> vec4<u32> {
-  return packHalves(saturated(left4(row, column)), saturated(left4(row, column + 4u)));
+}`;
+  const ofExpansion = (name: string) =>
+    `packHalves(saturated(factor * ${name}(row, column)), saturated(factor * ${name}(row, column + 4u)))`;
+  const ofInput = (name: string, how: string) =>
+    `packHalves(saturated(${how}(${name}(row, column))), saturated(${how}(${name}(row, column + 4u))))`;
+  const packers = `fn loadLeft(row: u32, column: u32, factor: f32) -> vec4<u32> {
+  return ${toLatents ? ofExpansion("left4") : ofInput("left4", "finite")};
 }
 
 fn loadRight(row: u32, column: u32, factor: f32) -> vec4<u32> {
-  return packHalves(saturated(factor * right4(row, column)), saturated(factor * right4(row, column + 4u)));
+  return ${toLatents ? ofInput("right4", "") : ofExpansion("right4")};
 }`;
 
   return `${
@@ -204,6 +193,8 @@ var<workgroup> most: array<f32, ${size}>;
 ${halfRange}
 
 ${loads}
+
+${packers}
 
 fn put(row: u32, column: u32, value: vec4<f32>) {
   if (row >= params.rows) { return; }

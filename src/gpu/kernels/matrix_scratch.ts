@@ -65,11 +65,13 @@ export function loadHalves(
   column: string,
   width: string,
 ): string {
-  const second = `${column} + 4u`;
+  // Loads stand outside of branches: those inside of one each wait for memory by itself.
+  const second = `${column} + 4u < ${width}`;
   if (element === "vec4<f16>") {
     const at = `(${offset} + ${column}) / 4u`;
-    return `vec4<u32>(bitcast<vec2<u32>>(${buffer}[${at}]), select(vec2<u32>(), bitcast<vec2<u32>>(${buffer}[${at} + 1u]), ${second} < ${width}))`;
+    return `vec4<u32>(bitcast<vec2<u32>>(${buffer}[${at}]), select(vec2<u32>(), bitcast<vec2<u32>>(${buffer}[${at} + select(0u, 1u, ${second})]), ${second}))`;
   }
-  const [low, high] = [column, `(${second})`].map((at) => load4(buffer, element, offset, at, width));
-  return `packHalves(saturated(${low}), select(vec4<f32>(), saturated(${high}), ${second} < ${width}))`;
+  const low = load4(buffer, element, offset, column, width);
+  const high = load4(buffer, element, offset, `select(${column}, ${column} + 4u, ${second})`, width);
+  return `packHalves(saturated(${low}), select(vec4<f32>(), saturated(${high}), ${second}))`;
 }
