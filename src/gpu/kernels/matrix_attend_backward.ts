@@ -100,7 +100,7 @@ function layout(tile: MatrixGradTile, widths: HeadWidths, target: MatrixGradTarg
     narrow: halves("narrow", columns * narrowStride),
     scores: floats("scores"),
     gradients: floats("gradients"),
-    probs: halves("probs", target === "keys" ? rows * columns / 8 : 1),
+    probs: halves("probs", rows * columns / 8),
     slopes: halves("slopes", rows * columns / 8),
   };
   return {
@@ -111,7 +111,8 @@ function layout(tile: MatrixGradTile, widths: HeadWidths, target: MatrixGradTarg
 
 /** Bytes of workgroup memory that the kernel declares. */
 export function workgroupBytes(tile: MatrixGradTile, widths: HeadWidths, target: MatrixGradTarget): number {
-  return memoryBytes(Object.values(layout(tile, widths, target).memories)) + 8 * tile.columns;
+  const { probs, ...memories } = layout(tile, widths, target).memories;
+  return memoryBytes(Object.values(memories)) + (target === "keys" ? memoryBytes([probs]) + 8 * tile.columns : 0);
 }
 
 /** Why this tile cannot run, or null when it can. Whether the device has matrix units is the caller's to know. */

@@ -8,7 +8,7 @@
 // ∂K is scaled by the power of two that brings its largest element to 2^14 … 2^15, which is undone in float32. Parameters and
 // the first bindings are those of expand_backward.ts; the partial maxima of matrix_maxima.ts come on top.
 
-import { halfRange } from "./matrix_scratch.ts";
+import { halfRange, loadHalves } from "./matrix_scratch.ts";
 import type { MatrixExpandTile } from "./matrix_expand.ts";
 import { partialMaxima } from "./matrix_maxima.ts";
 import {
@@ -22,7 +22,7 @@ import {
 } from "./matrix_unit.ts";
 import type { ExpandBackwardShape, ExpandGradient } from "./expand_backward.ts";
 import { indent, unroll } from "./register_tile.ts";
-import { load4, storageDirectives } from "./storage_element.ts";
+import { load4, storageDirectives, type StorageElement } from "./storage_element.ts";
 
 /** What of a call the generated WGSL depends on. */
 export interface MatrixExpandBackwardShape extends ExpandBackwardShape {
@@ -119,42 +119,47 @@ ${unroll(rowFragments, (r) => unit.accumulate(sums.at(`${r}u`, n), `left${r}`, f
   const latentRow = `params.leftBase + row * params.leftRow${
     shape.gapped && !toLatents ? " + (row / params.leftItemRows) * params.leftGap" : ""
   }`;
-  const ofLeft = (width: string) => load4("leftRows", shape.left, "offset", "column", width);
-  const ofRight = (width: string) => load4("rightRows", shape.right, "offset", "column", width);
-  /** A function that loads four neighbours, zeros where there are none; its load stands outside of branches. */
-  const four = (name: string, rows: string, columns: string, offset: string, value: string) =>
-    `fn ${name}(wantedRow: u32, wantedColumn: u32) -> vec4<f32> {
+  /** A function that loads eight neighbours as halves, zeros where there are none; its loads stand outside of branches. */
+  const eight = (name: string, rows: string, columns: string, offset: string, value: string) =>
+    `fn ${name}(wantedRow: u32, wantedColumn: u32, factor: f32) -> vec4<u32> {
   let exists = wantedRow < params.${rows} && wantedColumn < params.${columns};
   let row = select(0u, wantedRow, exists);
   let column = select(0u, wantedColumn, exists);
   let offset = ${offset};
-  return select(vec4<f32>(), ${value}, exists);
+  return select(vec4<u32>(), ${value}, exists);
 }`;
   const rightRow = "params.rightBase + row * params.rightRow";
+  /** ∂K, scaled. */
+  const scaled = (buffer: string, element: StorageElement, width: string) => {
+    const more = `column + 4u < ${width}`;
+    const low = load4(buffer, element, "offset", "column", width);
+    const high = load4(buffer, element, "offset", `select(column, column + 4u, ${more})`, width);
+    return `packHalves(saturated(factor * ${low}), select(vec4<f32>(), saturated(factor * ${high}), ${more}))`;
+  };
   const loads = toLatents
-    ? `${four("left4", "rows", "depth", latentRow, ofLeft("params.depth"))}
+    ? `${eight("loadLeft", "rows", "depth", latentRow, scaled("leftRows", shape.left, "params.depth"))}
 
-${four("right4", "columns", "depth", rightRow, ofRight("params.depth"))}`
-    : `${four("left4", "depth", "rows", latentRow, ofLeft("params.rows"))}
+${
+      eight(
+        "loadRight",
+        "columns",
+        "depth",
+        rightRow,
+        loadHalves("rightRows", shape.right, "offset", "column", "params.depth"),
+      )
+    }`
+    : `// Latents of a row that nobody saw may hold anything; where the row was seen, it comes back through ∂K.
+${
+      eight(
+        "loadLeft",
+        "depth",
+        "rows",
+        latentRow,
+        `finiteHalves(${loadHalves("leftRows", shape.left, "offset", "column", "params.rows")})`,
+      )
+    }
 
-${four("right4", "depth", "columns", rightRow, ofRight("params.columns"))}
-
-// Latents of a row that nobody saw may hold anything; where the row was seen, it comes back through ∂K.
-fn finite(value: vec4<f32>) -> vec4<f32> {
-  let exponent = bitcast<vec4<u32>>(value) & vec4<u32>(0x7f800000u);
-  return select(value, vec4<f32>(), exponent == vec4<u32>(0x7f800000u));
-}`;
-  const ofExpansion = (name: string) =>
-    `packHalves(saturated(factor * ${name}(row, column)), saturated(factor * ${name}(row, column + 4u)))`;
-  const ofInput = (name: string, how: string) =>
-    `packHalves(saturated(${how}(${name}(row, column))), saturated(${how}(${name}(row, column + 4u))))`;
-  const packers = `fn loadLeft(row: u32, column: u32, factor: f32) -> vec4<u32> {
-  return ${toLatents ? ofExpansion("left4") : ofInput("left4", "finite")};
-}
-
-fn loadRight(row: u32, column: u32, factor: f32) -> vec4<u32> {
-  return ${toLatents ? ofInput("right4", "") : ofExpansion("right4")};
-}`;
+${eight("loadRight", "depth", "columns", rightRow, scaled("rightRows", shape.right, "params.columns"))}`;
 
   return `${
     unit.native ? unit.directives : storageDirectives([shape.left, shape.right])
@@ -193,8 +198,6 @@ var<workgroup> most: array<f32, ${size}>;
 ${halfRange}
 
 ${loads}
-
-${packers}
 
 fn put(row: u32, column: u32, value: vec4<f32>) {
   if (row >= params.rows) { return; }
