@@ -178,13 +178,12 @@ const attend: MatrixAttendTile = { blockQ: 128, blockK: 32, subgroups: 8, rowFra
 const expand: MatrixExpandTile = { blockM: 128, blockN: 256, depth: 32, rowFragments: 4, columnFragments: 4 };
 const project: MatrixExpandTile = { blockM: 64, blockN: 128, depth: 32, rowFragments: 2, columnFragments: 2 };
 const wide: MatrixExpandTile = { ...project, blockM: 128, rowFragments: 4 };
+const deep: MatrixExpandTile = { ...project, depth: 64 };
 const grad: MatrixGradTile = { rows: 64, columns: 32, rowFragments: 2, pinned: true };
 const variants: Variant[] = [
-  { name: "chosen", attend, expand, grad },
-  { name: "projections 128 × 128", attend, expand, grad, latents: wide, weights: wide },
-  { name: "rows of 16", attend: { ...attend, rowFragments: 1 }, expand },
-  { name: "rows of 16, shared", attend: { ...attend, blockQ: 64, rowFragments: 1 }, expand },
-  { name: "projections 64 × 128 × 64", attend, expand, grad, weights: { ...project, depth: 64 } },
+  { name: "chosen", attend, expand, grad, latents: wide, weights: deep },
+  { name: "unpinned", attend: { ...attend, pinned: false }, expand, grad: { ...grad, pinned: false } },
+  { name: "full", attend, expand, grad, latents: wide, weights: deep, causal: false },
 ];
 
 /** Small calls with every option, held against the oracle. */
