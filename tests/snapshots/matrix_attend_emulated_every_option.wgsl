@@ -390,7 +390,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
   let origin = block.item * params.keyLength; // first key row of the batch item
   let position = params.firstRow - block.item * params.queryLength; // of row 0 in the batch item, modulo 2^32
   let count = (block.columnEnd - block.columnStart + BLOCK_K - 1u) / BLOCK_K;
-  let lastBase = block.columnStart + (count - 1u) * BLOCK_K; // past every key when there is none: nothing is loaded
+  let lastBase = block.columnStart + (count - 1u) * BLOCK_K; // arbitrary when there is no key: what is loaded then is not used
   let dropped = dropoutKey(block.item, head);
   var rowTop = MASKED;
   var rowSum = 0.0;
