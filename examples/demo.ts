@@ -40,6 +40,7 @@ interface Measured {
 const executor = new Executor<MlaCall, FlashMLAConfig, AnyTensor>(
   new ConfigSelectorChain({
     persistent: new PersistentCache("mla"),
+    policy: { validateBackward: false }, // nothing here asks for gradients: their kernels need not be compiled
     onEvent: (event) => {
       if (event.type === "autotune_start") {
         console.error(`measuring ${event.candidates} configurations (a software adapter compiles each for seconds) …`);

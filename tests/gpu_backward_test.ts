@@ -25,6 +25,7 @@ import {
   tensorNames,
 } from "../src/op/mla_problem.ts";
 import type { GpuTensor, OwnedGpuTensor, Tensor } from "../src/op/tensor.ts";
+import { tuningGradOutput } from "../src/op/tuning_grad_output.ts";
 import { referenceMlaAttentionWithLse } from "../src/reference/mla_attention.ts";
 import { referenceMlaAttentionBackward } from "../src/reference/mla_attention_backward.ts";
 import { rounded, stored } from "./support/dtype_attention.ts";
@@ -46,6 +47,12 @@ const allKinds = Object.values(kernelKinds);
 /** One width of register tile for all. */
 const limits = { kvLoraRank: 24, qkNopeHeadDim: 20, qkRopeHeadDim: 12, vHeadDim: 32 };
 const long = { ...limits, batch: 2, length: 80, kvHeads: 2, headsPerKvHead: 2 };
+/**
+ * Where one key takes nearly all, ∂P − D cancels: of numbers near 30, known to 2^-24 of them, which keys or queries near 5
+ * multiply again.
+ */
+const bounds = { relL2: 1e-5, absolute: 2e-5 };
+const tolerances = { tolerance: bounds.relL2, absolute: bounds.absolute };
 const hasHalves = skip === false && (await testContext()).capabilities.f16;
 
 const oracle: AttentionGradients = (inputs, options, gradOutput) =>
@@ -91,13 +98,13 @@ describe("gradients on the GPU", { skip }, () => {
 
   test("agree with the oracle on random problems with every option", async () => {
     const narrow = narrowedTo(...allKinds);
-    await differentiatesLike(oracle)(gradients, { runs: 150, tolerance: 1e-5, absolute: 1e-6, limits, narrow });
+    await differentiatesLike(oracle)(gradients, { runs: 150, ...tolerances, limits, narrow });
   });
 
   test("agree with the oracle on sequences longer than the tiles", async () => {
     const narrow = narrowedTo(...allKinds);
     await differentiatesLike(oracle)(gradients, {
-      ...{ runs: 40, tolerance: 1e-5, absolute: 2e-6, limits: long, narrow, seed: 2 },
+      ...{ runs: 40, ...tolerances, limits: long, narrow, seed: 2 },
     });
   });
 
@@ -114,7 +121,9 @@ describe("gradients on the GPU", { skip }, () => {
     for (const { name, check } of gradientProperties) {
       test(name, async () => {
         const narrow = narrowedTo(...kindsOf[name] ?? allKinds);
-        await check(gradients, { runs: 12, tolerance: 2e-5, absolute: 4e-6, limits, narrow });
+        // Sums of all logits' gradients cancel to zero.
+        const absolute = (name.includes("sum to zero") ? 10 : 2) * bounds.absolute;
+        await check(gradients, { runs: 12, tolerance: 2 * bounds.relL2, absolute, limits, narrow });
       });
     }
   });
@@ -123,7 +132,7 @@ describe("gradients on the GPU", { skip }, () => {
     test(`agree with the oracle under the tile ${gradBlock}`, async () => {
       const tiled = backwardOn(await testContext(), { ...smallConfig, gradBlock });
       await differentiatesLike(oracle)(tiled, {
-        ...{ runs: 6, tolerance: 1e-5, absolute: 2e-6, limits: { ...long, length: 150 }, narrow: narrowedTo(plain) },
+        ...{ runs: 6, ...tolerances, limits: { ...long, length: 150 }, narrow: narrowedTo(plain) },
       });
     });
   }
@@ -156,7 +165,7 @@ describe("gradients within a device's limits", { skip }, () => {
     const context = await gpuContext(device);
     context.buffers.poison = true;
     const narrow = narrowedTo(plain);
-    await differentiatesLike(oracle)(backwardOn(context), { runs: 5, tolerance: 1e-5, absolute: 1e-6, limits, narrow });
+    await differentiatesLike(oracle)(backwardOn(context), { runs: 5, ...tolerances, limits, narrow });
     device.destroy();
   });
 
@@ -170,20 +179,24 @@ describe("gradients within a device's limits", { skip }, () => {
         fc.asyncProperty(shapes, async (shape) => {
           const { inputs, options } = randomCall(shape);
           const gradOutput = gradOutputOf(shape);
-          const result = await gradients(inputs, options, gradOutput);
           const expected = await oracle(inputs, options, gradOutput);
+          let result: Gradients;
+          try {
+            result = await gradients(inputs, options, gradOutput);
+          } catch (error) {
+            if (error instanceof FlashMLAError && error.code === "limit") return;
+            throw error;
+          }
           computed++;
           for (const name of tensorNames) {
             if (expected[name] === undefined) continue;
-            assertClose(result[name]!, expected[name], { relL2: 1e-5, absolute: 2e-6 }, name);
+            assertClose(result[name]!, expected[name], bounds, name);
           }
-        }).beforeEach(() => {}),
-        { numRuns: 25, seed: 11 },
-      ).catch((error) => {
-        if (!String(error.message).includes("maxStorageBufferBindingSize is")) throw error;
-      });
+        }),
+        { numRuns: 40, seed: 11 },
+      );
     }
-    assert(computed > 10, `${computed} calls fitted`);
+    assert(computed > 40, `${computed} calls fitted`);
   });
 });
 
@@ -286,7 +299,6 @@ describe("gradients of other types and places", { skip }, () => {
     const context = await testContext();
     const problem = mlaProblem(inputs, options);
     const trial = await webgpuTarget(context).trial(problem, inputs, smallConfig, { backward: true });
-    const { tuningGradOutput } = await import("../src/op/tuning_grad_output.ts");
     await agrees(
       await trial.gradients!() as Gradients,
       { inputs, options, gradOutput: tuningGradOutput(problem) },
@@ -294,6 +306,8 @@ describe("gradients of other types and places", { skip }, () => {
     );
     assert(await trial.time(2) > 0);
     trial.dispose();
+    // What trials share is given back when its promise has been heard.
+    await new Promise((resolve) => setTimeout(resolve, 0));
     assertEquals(context.buffers.lent, 0);
   });
 });

@@ -52,7 +52,11 @@ export class Measurement {
   /** How many configurations were timed, of how many, since this was last set to null. */
   #timed: [timed: number, candidates: number] | null = null;
   readonly #executor = new Executor<MlaCall, FlashMLAConfig, AnyTensor>(
-    new ConfigSelectorChain({ persistent: new PersistentCache("mla"), onEvent: (event) => this.#hear(event) }),
+    new ConfigSelectorChain({
+      persistent: new PersistentCache("mla"),
+      policy: { validateBackward: false }, // the page asks for no gradients
+      onEvent: (event) => this.#hear(event),
+    }),
   );
 
   /** @param onStep Hears, in words, what is being done. What it throws ends the run. */

@@ -121,14 +121,16 @@ export function checkBackward(context: GpuContext, problem: MlaProblem, cfg: Fla
 
 /** Allocates the sums of a call's gradients. */
 export async function allocateSums(context: GpuContext, inputs: MlaInputs): Promise<GradientSums> {
-  const sums: Partial<Record<TensorName, OwnedGpuTensor>> = {};
-  try {
-    for (const [name, { shape }] of entriesOf(inputs)) sums[name] = await allocated(context, shape, "f32");
-  } catch (error) {
-    for (const sum of Object.values(sums)) sum.dispose();
-    throw error;
+  const entries = entriesOf(inputs);
+  // All at once: each waits for the device.
+  const made = await Promise.allSettled(entries.map(([, { shape }]) => allocated(context, shape, "f32")));
+  const failure = made.find((outcome) => outcome.status === "rejected");
+  if (failure !== undefined) {
+    for (const outcome of made) if (outcome.status === "fulfilled") outcome.value.dispose();
+    throw failure.reason;
   }
-  return sums as GradientSums;
+  const sums = made.map((outcome, i) => [entries[i][0], (outcome as PromiseFulfilledResult<OwnedGpuTensor>).value]);
+  return Object.fromEntries(sums) as GradientSums;
 }
 
 /** The pieces of a call whose gradients are computed one after another; none where no query meets a key. */

@@ -110,7 +110,7 @@ export function backwardPlan(
   layouts: OperandLayouts,
 ): DispatchPlan {
   const { limits } = capabilities;
-  const { keyLength, queryHeads, qkNopeHeadDim: P, qkRopeHeadDim: R, vHeadDim: V, rope } = problem;
+  const { keyLength, qkNopeHeadDim: P, qkRopeHeadDim: R, vHeadDim: V, rope } = problem;
   const { query, bQ, bK, keyValue, wKc, wVc, output, gradOutput } = layouts as Required<OperandLayouts>;
   const queryRanges = backwardRanges(problem, layouts, limits);
   const scratch = backwardScratch(problem, limits, queryRanges);

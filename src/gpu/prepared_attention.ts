@@ -72,6 +72,11 @@ export class PreparedAttention {
     return new PreparedAttention(context, problem, compiled, call, dispatches);
   }
 
+  /** The names of the kernels that it dispatches. */
+  get kernelNames(): readonly string[] {
+    return [...new Set(this.#dispatches.map(({ kernel }) => kernel))];
+  }
+
   /** Runs the call once and waits until the engine has accepted it; the result is where the call put it. */
   async submit(): Promise<void> {
     await unlessLost(this.#context, () =>

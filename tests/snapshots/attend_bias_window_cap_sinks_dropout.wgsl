@@ -109,8 +109,8 @@ fn capSlope(score: vec4<f32>) -> vec4<f32> {
 }
 
 fn withTerm(score: f32, item: u32, head: u32, position: u32, keyPosition: u32) -> f32 {
-  let bias = f32(term[params.termBase + item * params.termItem + head * params.termHead + position * params.termRow + keyPosition]) * LOG2E;
-  return select(score + bias, MASKED, bias < UNSEEN);
+  let bias = f32(term[params.termBase + item * params.termItem + head * params.termHead + position * params.termRow + keyPosition]);
+  return select(score + bias * LOG2E, MASKED, bias <= -2e+38);
 }
 
 // Threefry-2x32, 20 rounds.

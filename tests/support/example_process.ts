@@ -1,6 +1,7 @@
 // Starts the examples as a user does, each in its runtime. Only under Deno's test run, which has all three to start.
 
 import {
+  copyFileSync,
   existsSync,
   mkdirSync,
   mkdtempSync,
@@ -15,7 +16,7 @@ import { dirname, join } from "node:path";
 import process from "node:process";
 import { fileURLToPath } from "node:url";
 import { programOf, type Runtime, runtime, toJavaScript } from "./cache_runtime.ts";
-import { spawn } from "node:child_process";
+import { type ChildProcess, spawn } from "node:child_process";
 
 const ROOT = fileURLToPath(new URL("../..", import.meta.url));
 const PACKAGES = join(ROOT, "node_modules");
@@ -33,6 +34,10 @@ export interface ExampleStart {
   readonly runtime: Runtime;
   /** Variables beside those of this process. */
   readonly env?: Record<string, string>;
+  /** Arguments beside `--json`. */
+  readonly args?: readonly string[];
+  /** Sees the process as soon as it runs. */
+  readonly onStart?: (child: ChildProcess) => void;
   /** Runs a copy that finds no npm package. */
   readonly withoutPackages?: boolean;
 }
@@ -46,14 +51,14 @@ export function noExample(kind: Runtime): string | false {
 
 /** Runs `examples/NAME.ts --json` to its end. */
 export async function runExample(name: string, start: ExampleStart): Promise<Ended> {
-  const { env = {}, withoutPackages = false } = start;
+  const { withoutPackages = false, args = [] } = start;
   // Node 20 reads no TypeScript, and a folder that finds no packages has to be elsewhere.
   const compiled = start.runtime === "node" || withoutPackages;
   const script = compiled
     ? join(await (withoutPackages ? copies.withoutPackages() : copies.withPackages()), "examples", `${name}.js`)
     : join(ROOT, "examples", `${name}.ts`);
   const flags = start.runtime === "deno" ? ["run", "-A", "--quiet"] : [];
-  return await ended(programOf(start.runtime)!, [...flags, script, "--json"], env);
+  return await ended(programOf(start.runtime)!, [...flags, script, "--json", ...args], start);
 }
 
 /** The object in the last line of an example's output. */
@@ -63,7 +68,7 @@ export function reportIn({ stdout, stderr }: Ended): Record<string, unknown> {
   return JSON.parse(line);
 }
 
-function ended(program: string, args: readonly string[], env: Record<string, string>): Promise<Ended> {
+function ended(program: string, args: readonly string[], { env, onStart }: ExampleStart): Promise<Ended> {
   const child = spawn(program, args, {
     cwd: ROOT,
     env: {
@@ -83,6 +88,7 @@ function ended(program: string, args: readonly string[], env: Record<string, str
   let [stdout, stderr] = ["", ""];
   child.stdout.on("data", (chunk) => stdout += chunk);
   child.stderr.on("data", (chunk) => stderr += chunk);
+  onStart?.(child);
   return new Promise((resolve, reject) => {
     child.on("error", reject);
     child.on("close", (code) => resolve({ code, stdout, stderr }));
@@ -106,10 +112,12 @@ async function javaScriptCopy(addPackages: (path: string) => void): Promise<stri
   process.on("exit", () => rmSync(folder, { recursive: true, force: true }));
   const names = (under: string, recursive: boolean) =>
     readdirSync(join(ROOT, under), { recursive }).map((name) => join(under, String(name)));
-  for (const file of ["mod.ts", ...names("src", true), ...names("examples", false)]) {
-    if (!file.endsWith(".ts")) continue;
+  const examples = [...names("examples", false), ...names("examples/train", false)];
+  for (const file of ["mod.ts", ...names("src", true), ...examples]) {
     const target = join(folder, file.replace(/\.ts$/, ".js"));
     mkdirSync(dirname(target), { recursive: true });
+    if (file.endsWith(".txt")) copyFileSync(join(ROOT, file), target);
+    if (!file.endsWith(".ts")) continue;
     writeFileSync(target, await toJavaScript(readFileSync(join(ROOT, file), "utf8")));
   }
   writeFileSync(join(folder, "package.json"), '{ "type": "module" }');

@@ -212,7 +212,7 @@ export function wgsl(target: GradTarget, tile: GradTile, shape: AttendBackwardSh
       load(
         `block.rowStart + ${piece} / DEPTH_PIECES`,
         "block.rowEnd",
-        `${slice} * DEPTH_PIECES + ${piece} % DEPTH_PIECES`,
+        `(${slice}) * DEPTH_PIECES + ${piece} % DEPTH_PIECES`,
       ),
     store: (piece, register, stage) => `stageRow(${piece}, ${stage}, ${register});`,
   });
@@ -223,7 +223,7 @@ export function wgsl(target: GradTarget, tile: GradTile, shape: AttendBackwardSh
       load(
         `columnBase + ${piece} / DEPTH_PIECES`,
         "columnEnd",
-        `${slice} * DEPTH_PIECES + ${piece} % DEPTH_PIECES`,
+        `(${slice}) * DEPTH_PIECES + ${piece} % DEPTH_PIECES`,
       ),
     store: (piece, register, stage) => `stageColumn(${piece}, ${stage}, ${register});`,
   });
@@ -232,7 +232,7 @@ export function wgsl(target: GradTarget, tile: GradTile, shape: AttendBackwardSh
     pieces: depth * quads * threadColumns,
     load: (piece, slice) =>
       load(
-        `columnBase + sliceColumn(group, ${slice} * DEPTH + ${piece} / ${quads * threadColumns}u)`,
+        `columnBase + sliceColumn(group, (${slice}) * DEPTH + ${piece} / ${quads * threadColumns}u)`,
         "columnEnd",
         `${piece} % ${quads * threadColumns}u`,
       ),
@@ -267,7 +267,7 @@ ${unroll(quads, (c) => `let b${c} = right[${stage}][${d}][${columnQuad(c)}];`)}`
         probColumns,
         (j) =>
           unroll(rowQuads, (r) =>
-            `probs[(tx * ${probColumns}u + ${j}u) / DEPTH][(tx * ${probColumns}u + ${j}u) % DEPTH][${rowQuad(r)}] = ${
+            `probs[(tx + ${j * threadColumns}u) / DEPTH][(tx + ${j * threadColumns}u) % DEPTH][${rowQuad(r)}] = ${
               published(g * probColumns + j, r)
             };`),
       );
@@ -479,10 +479,11 @@ fn stageSummed(row: u32, quad: u32, stage: u32, value: vec4<f32>) {
   right[stage][row][quad] = value;
 }
 
-// Column, relative to the block, of entry entry of probability slice group.
+// Column, relative to the block, of entry entry of probability slice group. Neighbouring invocations have neighbouring
+// entries, which lie in different banks of workgroup memory.
 fn sliceColumn(group: u32, entry: u32) -> u32 {
-  let own = group * ${probColumns}u + entry % ${probColumns}u;
-  return (own / 4u) * 4u * TX + (entry / ${probColumns}u) * 4u + own % 4u;
+  let own = group * ${probColumns}u + entry / TX;
+  return (own / 4u) * 4u * TX + (entry % TX) * 4u + own % 4u;
 }
 `
   }

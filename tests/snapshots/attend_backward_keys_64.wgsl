@@ -1,0 +1,431 @@
+// Gradient of MLA attention over expanded keys and values: ∂K and ∂V.
+// 64 rows, 64 columns, 16 × 16 invocations, depth 8, 1 stage(s)
+const ROWS = 64u;
+const COLUMNS = 64u;
+const DEPTH = 8u;
+const DEPTH_PIECES = 2u;
+const TX = 16u;
+const PROB_SLICES = 4u;
+const MASKED = -3.4e38;
+const UNSEEN = -3.0e38;
+const LOG2E = 1.4426950408889634;
+const LN2 = 0.6931471805599453;
+
+struct Params {
+  scaleLog2: f32,     // softmaxScale · log2(e)
+  capLog2: f32,       // logitsSoftCap · log2(e)
+  scaleOverCap: f32,  // softmaxScale / logitsSoftCap
+  keptFactor: f32,    // 1 / (1 − dropout rate)
+  minusInfinity: f32, // WGSL has no literal for it
+  softmaxScale: f32,
+  firstRow: u32,      // query row, counted through all batch items, that row 0 of this dispatch is
+  queryLength: u32,
+  keyLength: u32,
+  queryHeads: u32,    // of the whole call
+  // Bias or mask: elements from the binding's start to the first one, from one item, head and query to the next; modulo
+  // 2^32.
+  termBase: u32,
+  termItem: u32,
+  termHead: u32,
+  termRow: u32,
+  dropBelow: u32,     // dropout: bits below this are dropped
+  seed0: u32,
+  seed1: u32,
+  firstItem: u32,     // batch item and position, within the whole call, of this piece's first ones
+  firstPosition: u32,
+  firstHead: u32,    // first query head of this dispatch
+  headCount: u32,    // query heads of this dispatch that one workgroup sums over
+  firstKvHead: u32,  // first KV head of the head group
+  groupKvHeads: u32, // KV heads in a row of keys and values
+  valuesBase: u32,   // elements from the first key to the first value …
+  ropeBase: u32,     // … and to the first rotary key
+  firstBlock: u32,   // index of the first block of this dispatch
+  groupSize: u32,    // query heads per KV head
+  P: u32,            // widths of a head: rebuilt from latents, rotary, value
+  R: u32,
+  V: u32,
+  rangeRows: u32,    // query rows of the range
+  // Of each tensor: elements from the binding's start to the first row, from one row to the next, from one head to the
+  // next, and by which a batch item starts later than if the items followed each other, modulo 2^32.
+  queryBase: u32,
+  queryRow: u32,
+  queryHead: u32,
+  queryGap: u32,
+  gradBase: u32,
+  gradRow: u32,
+  gradHead: u32,
+  gradGap: u32,
+  ropeQueryBase: u32,
+  ropeQueryRow: u32,
+  ropeQueryGap: u32,
+  // The gradient: ∂query by row and head, ∂bias by item, head and row; ∂K, ∂V and ∂rope lie as keys, values and rotary
+  // keys of every head do.
+  gradientBase: u32,
+  gradientItem: u32,
+  gradientHead: u32,
+  gradientRow: u32,
+  gradientValues: u32,
+  gradientRope: u32,
+  accumulate: u32,   // whether ∂K, ∂V and ∂rope add to what is there
+  columnTiles: u32,  // ∂bias: tiles of columns of one head
+}
+
+struct Block {
+  rowStart: u32,
+  rowEnd: u32,
+  columnStart: u32,   // first column that any row sees
+  columnEnd: u32,     // one past the last one
+  sharedStart: u32,   // every row sees the columns from here …
+  sharedEnd: u32,     // … to one before here
+  diagonalStart: i32, // row i sees columns from i + diagonalStart …
+  diagonalEnd: i32,   // … to one before i + diagonalEnd
+  item: u32,          // batch item
+  rangeItem: u32,     // batch item, counted from that of the query range's first row
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> blocks: array<Block>;
+@group(0) @binding(2) var<storage, read> query: array<vec4<f32>>;
+@group(0) @binding(3) var<storage, read> gradOutput: array<vec4<f32>>;
+@group(0) @binding(4) var<storage, read> stats: array<vec2<f32>>; // log2-sum-exp and D, [heads, rows]
+@group(0) @binding(5) var<storage, read> expanded: array<vec4<f32>>; // keys, values, rotary keys
+@group(0) @binding(6) var<storage, read_write> gradient: array<vec4<f32>>;
+
+var<workgroup> left: array<array<array<vec4<f32>, 17>, 8>, 1>;
+var<workgroup> right: array<array<array<vec4<f32>, 17>, 8>, 1>;
+var<workgroup> probs: array<array<array<vec4<f32>, 17>, 8>, 4>;
+var<workgroup> poisoned: array<atomic<u32>, 4>; // [0] is set once a staged column held NaN or infinity
+
+fn scoreOf(raw: vec4<f32>) -> vec4<f32> { return raw * params.scaleLog2; }
+
+fn nopeQuads() -> u32 { return (params.P + 3u) / 4u; }
+
+fn keyQuads() -> u32 { return nopeQuads() + (params.R + 3u) / 4u; }
+
+fn loadQuery(row: u32, end: u32, rangeItem: u32, head: u32, quad: u32) -> vec4<f32> {
+  if (row >= end || quad >= keyQuads()) { return vec4<f32>(); }
+  let offset = params.queryBase + row * params.queryRow + rangeItem * params.queryGap + head * params.queryHead;
+  if (quad >= nopeQuads()) {
+    let column = 4u * (quad - nopeQuads());
+    return query[(offset + params.P + column) / 4u];
+  }
+  let column = 4u * quad;
+  return query[(offset + column) / 4u];
+}
+
+fn loadGrad(row: u32, end: u32, rangeItem: u32, head: u32, quad: u32) -> vec4<f32> {
+  let column = 4u * quad;
+  if (row >= end || column >= params.V) { return vec4<f32>(); }
+  let offset = params.gradBase + row * params.gradRow + rangeItem * params.gradGap + head * params.gradHead;
+  return gradOutput[(offset + column) / 4u];
+}
+
+fn loadKey(row: u32, end: u32, kvHead: u32, quad: u32) -> vec4<f32> {
+  if (row >= end || quad >= keyQuads()) { return vec4<f32>(); }
+  if (quad >= nopeQuads()) {
+    let column = 4u * (quad - nopeQuads());
+    let ropeOffset = params.ropeBase + row * params.R;
+    return expanded[(ropeOffset + column) / 4u];
+  }
+  let column = 4u * quad;
+  let offset = (row * params.groupKvHeads + kvHead) * params.P;
+  return expanded[(offset + column) / 4u];
+}
+
+fn loadValue(row: u32, end: u32, kvHead: u32, quad: u32) -> vec4<f32> {
+  let column = 4u * quad;
+  if (row >= end || column >= params.V) { return vec4<f32>(); }
+  let offset = params.valuesBase + (row * params.groupKvHeads + kvHead) * params.V;
+  return expanded[(offset + column) / 4u];
+}
+
+fn rowStats(row: u32, end: u32, head: u32) -> vec2<f32> {
+  if (row >= end) { return vec2<f32>(-MASKED, 0.0); }
+  return stats[head * params.rangeRows + row];
+}
+
+fn put(offset: u32, column: u32, width: u32, value: vec4<f32>) {
+  if (column >= width) { return; }
+  let at = (offset + column) / 4u;
+  var sum = value;
+  if (params.accumulate != 0u) { sum += gradient[at]; }
+  gradient[at] = sum;
+}
+
+// One quad of a row of ∂K or ∂rope.
+fn putKey(offset: u32, ropeOffset: u32, quad: u32, value: vec4<f32>) {
+  if (quad < nopeQuads()) {
+    put(offset, 4u * quad, params.P, value);
+  } else {
+    put(ropeOffset, 4u * (quad - nopeQuads()), params.R, value);
+  }
+}
+
+fn stageRow(piece: u32, stage: u32, value: vec4<f32>) {
+  let row = piece / DEPTH_PIECES;
+  let depth = (piece % DEPTH_PIECES) * 4u;
+  left[stage][depth + 0u][row >> 2u][row & 3u] = value[0];
+  left[stage][depth + 1u][row >> 2u][row & 3u] = value[1];
+  left[stage][depth + 2u][row >> 2u][row & 3u] = value[2];
+  left[stage][depth + 3u][row >> 2u][row & 3u] = value[3];
+}
+
+fn stageColumn(piece: u32, stage: u32, value: vec4<f32>) {
+  let row = piece / DEPTH_PIECES;
+  let depth = (piece % DEPTH_PIECES) * 4u;
+  right[stage][depth + 0u][row >> 2u][row & 3u] = value[0];
+  right[stage][depth + 1u][row >> 2u][row & 3u] = value[1];
+  right[stage][depth + 2u][row >> 2u][row & 3u] = value[2];
+  right[stage][depth + 3u][row >> 2u][row & 3u] = value[3];
+}
+
+fn stageSummed(row: u32, quad: u32, stage: u32, value: vec4<f32>) {
+  let exponent = bitcast<vec4<u32>>(value) & vec4<u32>(0x7f800000u);
+  if (any(exponent == vec4<u32>(0x7f800000u))) { atomicStore(&poisoned[0], 1u); }
+  right[stage][row][quad] = value;
+}
+
+// Column, relative to the block, of entry entry of probability slice group. Neighbouring invocations have neighbouring
+// entries, which lie in different banks of workgroup memory.
+fn sliceColumn(group: u32, entry: u32) -> u32 {
+  let own = group * 2u + entry / TX;
+  return (own / 4u) * 4u * TX + (entry % TX) * 4u + own % 4u;
+}
+
+@compute @workgroup_size(256)
+fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) t: u32) {
+  let block = blocks[params.firstBlock + workgroup.y];
+  let tx = t % TX;
+  let ty = t / TX;
+  if (t == 0u) { atomicStore(&poisoned[0], 0u); } // many barriers before its first use
+  let firstHead = params.firstHead + workgroup.x * params.headCount;
+  let columnEnd = block.columnEnd;
+  let origin = block.item * params.keyLength; // first key row of the batch item
+  let position = params.firstRow - block.item * params.queryLength; // of query row 0 in the batch item, modulo 2^32
+  let keySlices = (keyQuads() + DEPTH_PIECES - 1u) / DEPTH_PIECES;
+  let valueSlices = ((params.V + 3u) / 4u + DEPTH_PIECES - 1u) / DEPTH_PIECES;
+  var k0_0 = vec4<f32>();
+  var k1_0 = vec4<f32>();
+  var k2_0 = vec4<f32>();
+  var k3_0 = vec4<f32>();
+  var v0_0 = vec4<f32>();
+  var v1_0 = vec4<f32>();
+  var v2_0 = vec4<f32>();
+  var v3_0 = vec4<f32>();
+
+  for (var head = firstHead; head < firstHead + params.headCount; head += 1u) {
+    let kvHead = head / params.groupSize - params.firstKvHead;
+
+  for (var columnBase = block.columnStart; columnBase < columnEnd; columnBase += COLUMNS) {
+    let masking = columnBase < block.sharedStart || columnBase + COLUMNS > block.sharedEnd;
+    // Scores.
+    var s0_0 = vec4<f32>();
+    var s1_0 = vec4<f32>();
+    var s2_0 = vec4<f32>();
+    var s3_0 = vec4<f32>();
+    {
+      var row0 = vec4<f32>();
+      var column0 = vec4<f32>();
+
+      for (var slice = 0u; slice < keySlices; slice += 1u) {
+        if ((t + 0u) < 128u) { row0 = loadKey(block.rowStart + (t + 0u) / DEPTH_PIECES, block.rowEnd, kvHead, (slice) * DEPTH_PIECES + (t + 0u) % DEPTH_PIECES); }
+        if ((t + 0u) < 128u) { column0 = loadQuery(columnBase + (t + 0u) / DEPTH_PIECES, columnEnd, block.rangeItem, head, (slice) * DEPTH_PIECES + (t + 0u) % DEPTH_PIECES); }
+        if ((t + 0u) < 128u) { stageRow((t + 0u), 0u, row0); }
+        if ((t + 0u) < 128u) { stageColumn((t + 0u), 0u, column0); }
+        workgroupBarrier();
+        for (var d = 0u; d < 8u; d += 1u) {
+          let a0 = left[0u][d][ty + 0u];
+          let b0 = right[0u][d][tx + 0u];
+          s0_0 = fma(a0, vec4<f32>(b0.x), s0_0);
+          s1_0 = fma(a0, vec4<f32>(b0.y), s1_0);
+          s2_0 = fma(a0, vec4<f32>(b0.z), s2_0);
+          s3_0 = fma(a0, vec4<f32>(b0.w), s3_0);
+        }
+        workgroupBarrier();
+      }
+    }
+    s0_0 = scoreOf(s0_0);
+    s1_0 = scoreOf(s1_0);
+    s2_0 = scoreOf(s2_0);
+    s3_0 = scoreOf(s3_0);
+
+    if (masking) {
+      let row0 = vec4<i32>(i32(block.rowStart + 4u * (ty + 0u))) + vec4<i32>(0, 1, 2, 3);
+      let start0 = row0 + block.diagonalStart;
+      let end0 = min(row0 + block.diagonalEnd, vec4<i32>(i32(columnEnd)));
+      let column0 = vec4<i32>(i32(columnBase + 4u * (tx + 0u) + 0u));
+      let column1 = vec4<i32>(i32(columnBase + 4u * (tx + 0u) + 1u));
+      let column2 = vec4<i32>(i32(columnBase + 4u * (tx + 0u) + 2u));
+      let column3 = vec4<i32>(i32(columnBase + 4u * (tx + 0u) + 3u));
+      s0_0 = select(vec4<f32>(MASKED), s0_0, (column0 < end0) & (column0 >= start0));
+      s1_0 = select(vec4<f32>(MASKED), s1_0, (column1 < end0) & (column1 >= start0));
+      s2_0 = select(vec4<f32>(MASKED), s2_0, (column2 < end0) & (column2 >= start0));
+      s3_0 = select(vec4<f32>(MASKED), s3_0, (column3 < end0) & (column3 >= start0));
+    }
+    {
+      let stat0 = rowStats(columnBase + 4u * (tx + 0u) + 0u, columnEnd, head).x;
+      let stat1 = rowStats(columnBase + 4u * (tx + 0u) + 1u, columnEnd, head).x;
+      let stat2 = rowStats(columnBase + 4u * (tx + 0u) + 2u, columnEnd, head).x;
+      let stat3 = rowStats(columnBase + 4u * (tx + 0u) + 3u, columnEnd, head).x;
+      s0_0 = select(exp2(s0_0 - vec4<f32>(stat0)), vec4<f32>(), s0_0 <= vec4<f32>(UNSEEN));
+      s1_0 = select(exp2(s1_0 - vec4<f32>(stat1)), vec4<f32>(), s1_0 <= vec4<f32>(UNSEEN));
+      s2_0 = select(exp2(s2_0 - vec4<f32>(stat2)), vec4<f32>(), s2_0 <= vec4<f32>(UNSEEN));
+      s3_0 = select(exp2(s3_0 - vec4<f32>(stat3)), vec4<f32>(), s3_0 <= vec4<f32>(UNSEEN));
+    }
+
+    // ∂V += p·∂out.
+    for (var group = 0u; group < 2u; group += 1u) {
+      {
+        var column0 = vec4<f32>();
+        switch group {
+          case 0u: {
+            probs[(tx + 0u) / DEPTH][(tx + 0u) % DEPTH][ty + 0u] = s0_0;
+            probs[(tx + 16u) / DEPTH][(tx + 16u) % DEPTH][ty + 0u] = s1_0;
+          }
+          case 1u: {
+            probs[(tx + 0u) / DEPTH][(tx + 0u) % DEPTH][ty + 0u] = s2_0;
+            probs[(tx + 16u) / DEPTH][(tx + 16u) % DEPTH][ty + 0u] = s3_0;
+          }
+          default: {}
+        }
+        for (var slice = 0u; slice < PROB_SLICES; slice += 1u) {
+          if ((t + 0u) < 128u) { column0 = loadGrad(columnBase + sliceColumn(group, (slice) * DEPTH + (t + 0u) / 16u), columnEnd, block.rangeItem, head, (t + 0u) % 16u); }
+          if ((t + 0u) < 128u) { stageSummed((t + 0u) / 16u, (t + 0u) % 16u, 0u, column0); }
+          workgroupBarrier();
+          if (masking && atomicLoad(&poisoned[0]) != 0u) {
+            for (var d = 0u; d < 8u; d += 1u) {
+              let a0 = probs[slice][d][ty + 0u];
+              let b0 = right[0u][d][tx + 0u];
+              v0_0 = select(fma(vec4<f32>(a0[0]), b0, v0_0), v0_0, a0[0] == 0.0);
+              v1_0 = select(fma(vec4<f32>(a0[1]), b0, v1_0), v1_0, a0[1] == 0.0);
+              v2_0 = select(fma(vec4<f32>(a0[2]), b0, v2_0), v2_0, a0[2] == 0.0);
+              v3_0 = select(fma(vec4<f32>(a0[3]), b0, v3_0), v3_0, a0[3] == 0.0);
+            }
+          } else {
+            for (var d = 0u; d < 8u; d += 1u) {
+              let a0 = probs[slice][d][ty + 0u];
+              let b0 = right[0u][d][tx + 0u];
+              v0_0 = fma(vec4<f32>(a0.x), b0, v0_0);
+              v1_0 = fma(vec4<f32>(a0.y), b0, v1_0);
+              v2_0 = fma(vec4<f32>(a0.z), b0, v2_0);
+              v3_0 = fma(vec4<f32>(a0.w), b0, v3_0);
+            }
+          }
+          workgroupBarrier();
+        }
+      }
+    }
+
+    // Gradients of the scores.
+    var g0_0 = vec4<f32>();
+    var g1_0 = vec4<f32>();
+    var g2_0 = vec4<f32>();
+    var g3_0 = vec4<f32>();
+    {
+      var row0 = vec4<f32>();
+      var column0 = vec4<f32>();
+
+      for (var slice = 0u; slice < valueSlices; slice += 1u) {
+        if ((t + 0u) < 128u) { row0 = loadValue(block.rowStart + (t + 0u) / DEPTH_PIECES, block.rowEnd, kvHead, (slice) * DEPTH_PIECES + (t + 0u) % DEPTH_PIECES); }
+        if ((t + 0u) < 128u) { column0 = loadGrad(columnBase + (t + 0u) / DEPTH_PIECES, columnEnd, block.rangeItem, head, (slice) * DEPTH_PIECES + (t + 0u) % DEPTH_PIECES); }
+        if ((t + 0u) < 128u) { stageRow((t + 0u), 0u, row0); }
+        if ((t + 0u) < 128u) { stageColumn((t + 0u), 0u, column0); }
+        workgroupBarrier();
+        for (var d = 0u; d < 8u; d += 1u) {
+          let a0 = left[0u][d][ty + 0u];
+          let b0 = right[0u][d][tx + 0u];
+          g0_0 = fma(a0, vec4<f32>(b0.x), g0_0);
+          g1_0 = fma(a0, vec4<f32>(b0.y), g1_0);
+          g2_0 = fma(a0, vec4<f32>(b0.z), g2_0);
+          g3_0 = fma(a0, vec4<f32>(b0.w), g3_0);
+        }
+        workgroupBarrier();
+      }
+    }
+    {
+      let stat0 = rowStats(columnBase + 4u * (tx + 0u) + 0u, columnEnd, head).y;
+      let stat1 = rowStats(columnBase + 4u * (tx + 0u) + 1u, columnEnd, head).y;
+      let stat2 = rowStats(columnBase + 4u * (tx + 0u) + 2u, columnEnd, head).y;
+      let stat3 = rowStats(columnBase + 4u * (tx + 0u) + 3u, columnEnd, head).y;
+      g0_0 = select(s0_0 * (g0_0 - vec4<f32>(stat0)), vec4<f32>(), s0_0 == vec4<f32>());
+      g1_0 = select(s1_0 * (g1_0 - vec4<f32>(stat1)), vec4<f32>(), s1_0 == vec4<f32>());
+      g2_0 = select(s2_0 * (g2_0 - vec4<f32>(stat2)), vec4<f32>(), s2_0 == vec4<f32>());
+      g3_0 = select(s3_0 * (g3_0 - vec4<f32>(stat3)), vec4<f32>(), s3_0 == vec4<f32>());
+    }
+    for (var group = 0u; group < 2u; group += 1u) {
+      {
+        var column0 = vec4<f32>();
+        switch group {
+          case 0u: {
+            probs[(tx + 0u) / DEPTH][(tx + 0u) % DEPTH][ty + 0u] = g0_0;
+            probs[(tx + 16u) / DEPTH][(tx + 16u) % DEPTH][ty + 0u] = g1_0;
+          }
+          case 1u: {
+            probs[(tx + 0u) / DEPTH][(tx + 0u) % DEPTH][ty + 0u] = g2_0;
+            probs[(tx + 16u) / DEPTH][(tx + 16u) % DEPTH][ty + 0u] = g3_0;
+          }
+          default: {}
+        }
+        for (var slice = 0u; slice < PROB_SLICES; slice += 1u) {
+          if ((t + 0u) < 128u) { column0 = loadQuery(columnBase + sliceColumn(group, (slice) * DEPTH + (t + 0u) / 16u), columnEnd, block.rangeItem, head, (t + 0u) % 16u); }
+          if ((t + 0u) < 128u) { stageSummed((t + 0u) / 16u, (t + 0u) % 16u, 0u, column0); }
+          workgroupBarrier();
+          if (masking && atomicLoad(&poisoned[0]) != 0u) {
+            for (var d = 0u; d < 8u; d += 1u) {
+              let a0 = probs[slice][d][ty + 0u];
+              let b0 = right[0u][d][tx + 0u];
+              k0_0 = select(fma(vec4<f32>(a0[0]), b0, k0_0), k0_0, a0[0] == 0.0);
+              k1_0 = select(fma(vec4<f32>(a0[1]), b0, k1_0), k1_0, a0[1] == 0.0);
+              k2_0 = select(fma(vec4<f32>(a0[2]), b0, k2_0), k2_0, a0[2] == 0.0);
+              k3_0 = select(fma(vec4<f32>(a0[3]), b0, k3_0), k3_0, a0[3] == 0.0);
+            }
+          } else {
+            for (var d = 0u; d < 8u; d += 1u) {
+              let a0 = probs[slice][d][ty + 0u];
+              let b0 = right[0u][d][tx + 0u];
+              k0_0 = fma(vec4<f32>(a0.x), b0, k0_0);
+              k1_0 = fma(vec4<f32>(a0.y), b0, k1_0);
+              k2_0 = fma(vec4<f32>(a0.z), b0, k2_0);
+              k3_0 = fma(vec4<f32>(a0.w), b0, k3_0);
+            }
+          }
+          workgroupBarrier();
+        }
+      }
+    }
+  }
+  }
+
+  {
+    let row = block.rowStart + 4u * (ty + 0u) + 0u;
+    if (row < block.rowEnd) {
+      let at = row * params.groupKvHeads + firstHead / params.groupSize - params.firstKvHead;
+      putKey(at * params.P, params.gradientRope + at * params.R, tx + 0u, params.softmaxScale * k0_0);
+      put(params.gradientValues + at * params.V, 4u * (tx + 0u), params.V, v0_0);
+    }
+  }
+  {
+    let row = block.rowStart + 4u * (ty + 0u) + 1u;
+    if (row < block.rowEnd) {
+      let at = row * params.groupKvHeads + firstHead / params.groupSize - params.firstKvHead;
+      putKey(at * params.P, params.gradientRope + at * params.R, tx + 0u, params.softmaxScale * k1_0);
+      put(params.gradientValues + at * params.V, 4u * (tx + 0u), params.V, v1_0);
+    }
+  }
+  {
+    let row = block.rowStart + 4u * (ty + 0u) + 2u;
+    if (row < block.rowEnd) {
+      let at = row * params.groupKvHeads + firstHead / params.groupSize - params.firstKvHead;
+      putKey(at * params.P, params.gradientRope + at * params.R, tx + 0u, params.softmaxScale * k2_0);
+      put(params.gradientValues + at * params.V, 4u * (tx + 0u), params.V, v2_0);
+    }
+  }
+  {
+    let row = block.rowStart + 4u * (ty + 0u) + 3u;
+    if (row < block.rowEnd) {
+      let at = row * params.groupKvHeads + firstHead / params.groupSize - params.firstKvHead;
+      putKey(at * params.P, params.gradientRope + at * params.R, tx + 0u, params.softmaxScale * k3_0);
+      put(params.gradientValues + at * params.V, 4u * (tx + 0u), params.V, v3_0);
+    }
+  }
+}
