@@ -53,22 +53,8 @@ export function gradientElement(target: GradTarget, shape: AttendBackwardShape):
   return target === "bias" ? "f32" : shape.expanded;
 }
 
-/** WGSL of the parameter block, the schedule and the bindings. */
-export function declarations(target: GradTarget, shape: AttendBackwardShape): string {
-  const { rope, query, ropeQuery, gradOutput, expanded, terms } = shape;
-  const at = attendBackwardBindings;
-  const bound = [
-    `@group(0) @binding(0) var<uniform> params: Params;`,
-    `@group(0) @binding(${at.blocks}) var<storage, read> blocks: array<Block>;`,
-    `@group(0) @binding(${at.query}) var<storage, read> query: array<${query}>;`,
-    `@group(0) @binding(${at.gradOutput}) var<storage, read> gradOutput: array<${gradOutput}>;`,
-    `@group(0) @binding(${at.stats}) var<storage, read> stats: array<vec2<f32>>; // log2-sum-exp and D, [heads, rows]`,
-    `@group(0) @binding(${at.expanded}) var<storage, read> expanded: array<${expanded}>; // keys, values, rotary keys`,
-    `@group(0) @binding(${at.gradient}) var<storage, read_write> gradient: array<${gradientElement(target, shape)}>;`,
-    rope === "shared" ? `@group(0) @binding(${at.bQ}) var<storage, read> ropeQuery: array<${ropeQuery}>;` : "",
-    termBinding(terms, at.term),
-  ];
-  return `struct Params {
+/** WGSL of the parameter block. */
+export const attendBackwardParams = `struct Params {
 ${scoreFloatFields}
 ${scoreWordFields}
   firstHead: u32,    // first query head of this dispatch
@@ -107,7 +93,24 @@ ${scoreWordFields}
   accumulate: u32,   // whether ∂K, ∂V and ∂rope add to what is there
   columnTiles: u32,  // ∂bias: tiles of columns of one head
 }
+`;
 
+/** WGSL of the parameter block, the schedule and the bindings. */
+export function declarations(target: GradTarget, shape: AttendBackwardShape): string {
+  const { rope, query, ropeQuery, gradOutput, expanded, terms } = shape;
+  const at = attendBackwardBindings;
+  const bound = [
+    `@group(0) @binding(0) var<uniform> params: Params;`,
+    `@group(0) @binding(${at.blocks}) var<storage, read> blocks: array<Block>;`,
+    `@group(0) @binding(${at.query}) var<storage, read> query: array<${query}>;`,
+    `@group(0) @binding(${at.gradOutput}) var<storage, read> gradOutput: array<${gradOutput}>;`,
+    `@group(0) @binding(${at.stats}) var<storage, read> stats: array<vec2<f32>>; // log2-sum-exp and D, [heads, rows]`,
+    `@group(0) @binding(${at.expanded}) var<storage, read> expanded: array<${expanded}>; // keys, values, rotary keys`,
+    `@group(0) @binding(${at.gradient}) var<storage, read_write> gradient: array<${gradientElement(target, shape)}>;`,
+    rope === "shared" ? `@group(0) @binding(${at.bQ}) var<storage, read> ropeQuery: array<${ropeQuery}>;` : "",
+    termBinding(terms, at.term),
+  ];
+  return `${attendBackwardParams}
 ${blockStruct}
 
 ${bound.filter((line) => line !== "").join("\n")}`;

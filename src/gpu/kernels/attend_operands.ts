@@ -53,23 +53,8 @@ export const attendBindings = {
   sinks: 9,
 } as const;
 
-/** WGSL of the parameter block, the schedule and the bindings. */
-export function declarations(shape: AttendShape): string {
-  const { rope, query, expanded, output, ropeKey, ropeQuery, terms, sinkQuads, lse } = shape;
-  const at = attendBindings;
-  const bound = [
-    `@group(0) @binding(0) var<uniform> params: Params;`,
-    `@group(0) @binding(${at.blocks}) var<storage, read> blocks: array<Block>;`,
-    `@group(0) @binding(${at.query}) var<storage, read> query: array<${query}>;`,
-    `@group(0) @binding(${at.expanded}) var<storage, read> expanded: array<${expanded}>; // keys, then values`,
-    `@group(0) @binding(${at.output}) var<storage, read_write> output: array<${output}>;`,
-    rope === "none" ? "" : `@group(0) @binding(${at.bK}) var<storage, read> ropeKey: array<${ropeKey}>;`,
-    rope === "shared" ? `@group(0) @binding(${at.bQ}) var<storage, read> ropeQuery: array<${ropeQuery}>;` : "",
-    lse ? `@group(0) @binding(${at.lse}) var<storage, read_write> lse: array<f32>;` : "",
-    termBinding(terms, at.term),
-    sinkQuads === 0 ? "" : `@group(0) @binding(${at.sinks}) var<uniform> sinks: array<vec4<f32>, ${sinkQuads}>;`,
-  ];
-  return `struct Params {
+/** WGSL of the parameter block. */
+export const attendParams = `struct Params {
 ${scoreFloatFields}
 ${scoreWordFields}
   firstHead: u32,    // first query head of this dispatch
@@ -102,7 +87,25 @@ ${scoreWordFields}
   lseItem: u32,
   lseHead: u32,
 }
+`;
 
+/** WGSL of the parameter block, the schedule and the bindings. */
+export function declarations(shape: AttendShape): string {
+  const { rope, query, expanded, output, ropeKey, ropeQuery, terms, sinkQuads, lse } = shape;
+  const at = attendBindings;
+  const bound = [
+    `@group(0) @binding(0) var<uniform> params: Params;`,
+    `@group(0) @binding(${at.blocks}) var<storage, read> blocks: array<Block>;`,
+    `@group(0) @binding(${at.query}) var<storage, read> query: array<${query}>;`,
+    `@group(0) @binding(${at.expanded}) var<storage, read> expanded: array<${expanded}>; // keys, then values`,
+    `@group(0) @binding(${at.output}) var<storage, read_write> output: array<${output}>;`,
+    rope === "none" ? "" : `@group(0) @binding(${at.bK}) var<storage, read> ropeKey: array<${ropeKey}>;`,
+    rope === "shared" ? `@group(0) @binding(${at.bQ}) var<storage, read> ropeQuery: array<${ropeQuery}>;` : "",
+    lse ? `@group(0) @binding(${at.lse}) var<storage, read_write> lse: array<f32>;` : "",
+    termBinding(terms, at.term),
+    sinkQuads === 0 ? "" : `@group(0) @binding(${at.sinks}) var<uniform> sinks: array<vec4<f32>, ${sinkQuads}>;`,
+  ];
+  return `${attendParams}
 ${blockStruct}
 
 ${bound.filter((line) => line !== "").join("\n")}`;
