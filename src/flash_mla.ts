@@ -261,8 +261,8 @@ export class FlashMLA extends Kernel<MlaCall, FlashMLAConfig, AnyTensor, Attenti
   }
 
   /** Compares outputs by ‖candidate − best‖ / ‖best‖; non-finite elements must stand in the same places. */
-  override compare(candidate: AnyTensor, best: AnyTensor): OutputCheck {
-    return outputsAgree(candidate, best);
+  override compare(candidate: AnyTensor, best: AnyTensor, invocation?: Invocation<MlaCall>): OutputCheck {
+    return outputsAgree(candidate, best, invocation && prepared(invocation).problem);
   }
 
   /** Compares gradients in the same way, each tensor on its own; where halves are among the inputs less strictly. */

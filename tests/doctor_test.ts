@@ -97,6 +97,7 @@ describe("hintsFor()", () => {
     subgroups: { minSize: 32, maxSize: 32, directive: false },
     timestamps: "exact",
     subgroupMatrices: [],
+    matrixUnits: null,
     limits: defaultLimits,
   };
   const cache: CacheHealth = { location: "/cache.kv", state: "ok", detail: "Readable and writable." };

@@ -8,7 +8,13 @@ import { type Engine, engineOf, findGpu } from "../src/gpu/engine.ts";
 import { skip } from "./support/gpu.ts";
 
 const engine: Engine = { name: "engine 1", subgroupsDirective: true, graphicsApi: "" };
-const findings: ProbeFindings = { computes: true, f16: true, subgroupSizes: [32], ticks: [1001n, 2003n] };
+const findings: ProbeFindings = {
+  computes: true,
+  f16: true,
+  matrixUnits: null,
+  subgroupSizes: [32],
+  ticks: [1001n, 2003n],
+};
 
 /** The capabilities of a device that says this of itself and whose kernels did that. */
 function described(info: Record<string, unknown>, found: Partial<ProbeFindings> = {}, features: string[] = []) {

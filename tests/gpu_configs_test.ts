@@ -37,6 +37,7 @@ const large: Capabilities = {
   subgroups: null,
   timestamps: "exact",
   subgroupMatrices: [],
+  matrixUnits: null,
   limits: { ...defaultLimits, maxComputeWorkgroupStorageSize: 49152, maxComputeInvocationsPerWorkgroup: 1024 },
 };
 const small: Capabilities = { ...large, adapter: "the least WebGPU allows", limits: defaultLimits };

@@ -43,6 +43,7 @@ const least: Capabilities = {
   subgroups: null,
   timestamps: "none",
   subgroupMatrices: [],
+  matrixUnits: null,
   limits: defaultLimits,
 };
 

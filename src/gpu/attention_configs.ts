@@ -7,6 +7,7 @@ import { whyInvalid } from "./attention_plan.ts";
 import { whyBackwardInvalid } from "./backward_plan.ts";
 import { FlashMLAError } from "../op/errors.ts";
 import type { Capabilities } from "./capabilities.ts";
+import { matrixTilings } from "./matrix_config.ts";
 
 type Tiling = Pick<FlashMLAConfig, "blockQ" | "blockK" | "numWarps" | "rowsPerThread">;
 type Staging = Pick<FlashMLAConfig, "numStages" | "blockDepth" | "probKeys">;
@@ -118,6 +119,7 @@ export function candidateConfigs(problem: MlaProblem, capabilities: Capabilities
         subgroups: false,
         expandBlock: expandBlock(problem),
         gradBlock: 32,
+        matrixUnits: false,
         platform: "webgpu",
         backend: "gpu",
       }))
@@ -136,9 +138,25 @@ export function candidateConfigs(problem: MlaProblem, capabilities: Capabilities
   }
   const best = found.indexOf(bestGuess(found, problem, capabilities));
   const [guess] = found.splice(best, 1);
+  const onMatrixUnits = matrixConfigs(guess, problem, capabilities);
+  if (onMatrixUnits.length > 0) {
+    const first = onMatrixUnits.indexOf(bestGuess(onMatrixUnits, problem, capabilities));
+    return [...onMatrixUnits.splice(first, 1), ...onMatrixUnits, guess, ...found];
+  }
   // Backward tiles are independent of forward ones: the second one is measured once.
   const others = gradBlocks(guess, problem, capabilities).slice(1).map((gradBlock) => ({ ...guess, gradBlock }));
   return [guess, ...others, ...found];
+}
+
+/**
+ * Configurations on matrix units, where the device has them and the tensors are halves; what these cannot do falls to the
+ * plain configuration. The emulation is for tests alone.
+ */
+function matrixConfigs(plain: FlashMLAConfig, problem: MlaProblem, capabilities: Capabilities): FlashMLAConfig[] {
+  if (capabilities.matrixUnits === null || capabilities.matrixUnits === "emulated") return [];
+  return matrixTilings
+    .map((tiling): FlashMLAConfig => ({ ...plain, ...tiling, subgroups: false, matrixUnits: true }))
+    .filter((config) => whyInvalid(config, problem, capabilities) === null);
 }
 
 /** Workgroups that keep a large card busy: below them, smaller query blocks win. */

@@ -6,13 +6,22 @@ import type { MlaProblem } from "../op/mla_problem.ts";
 import type { Capabilities } from "./capabilities.ts";
 import { type Bound, DispatchList, type DispatchPlan } from "./dispatch_plan.ts";
 import { addExpansion, expandedScratch, expansionKernels, headGroups, quads } from "./expansion.ts";
-import { attendSource, sinksSource } from "./kernel_sources.ts";
+import { attendSource, matrixAttendSource, sinksSource } from "./kernel_sources.ts";
 import * as attend from "./kernels/attend.ts";
 import { attendBindings } from "./kernels/attend_operands.ts";
 import * as expand from "./kernels/expand.ts";
+import { matrixScratch } from "./kernels/matrix_scratch.ts";
 import { scoreFloats, scoreTerms } from "./kernels/score_terms.ts";
 import { workgroupSize as sinksWorkgroup } from "./kernels/sinks.ts";
+import type { StorageElement } from "./kernels/storage_element.ts";
 import { checkWindow } from "./limit_checks.ts";
+import { attendTile, whyMatrixInvalid } from "./matrix_config.ts";
+import {
+  addMatrixExpansion,
+  matrixExpansionKernels,
+  matrixGroupHeads,
+  matrixScratchBytes,
+} from "./matrix_expansion.ts";
 import {
   batchGap,
   denseLayouts,
@@ -29,7 +38,10 @@ import { scoreWords, termHeads } from "./score_params.ts";
 
 /** Why this configuration cannot run this problem on such a device, or null when it can. */
 export function whyInvalid(config: FlashMLAConfig, problem: MlaProblem, capabilities: Capabilities): string | null {
-  return attend.whyInvalid(config, problem, capabilities) ??
+  if (typeof config.matrixUnits !== "boolean") return `matrixUnits must be true or false, got ${config.matrixUnits}`;
+  return (config.matrixUnits
+    ? whyMatrixInvalid(config, problem, capabilities)
+    : attend.whyInvalid(config, problem, capabilities)) ??
     expand.whyInvalid(expand.expandTile(config, capabilities.limits), capabilities.limits);
 }
 
@@ -55,9 +67,12 @@ export function attentionPlan(
   const { lse } = layouts;
   const term = layouts.bias ?? layouts.attentionMask;
   const termName = layouts.bias === undefined ? "attentionMask" : "bias";
-  const scratch = expandedScratch(problem, limits);
+  const expansion = config.matrixUnits
+    ? matrixExpansion(problem, capabilities, layouts)
+    : plainExpansion(problem, config, capabilities, layouts);
   const keyRows = batch * keyLength;
-  const ropeKeys = rope === "none"
+  // Matrix units find rotary keys in scratch.
+  const ropeKeys = rope === "none" || config.matrixUnits
     ? null
     : checkWindow("bK", rowWindow(bK, keyLength, 0, keyRows, qkRopeHeadDim), limits);
   const logSums = lse === undefined
@@ -69,8 +84,8 @@ export function attentionPlan(
 
   const list = new DispatchList();
   if (sinks > 0) addSinks(list, problem, layouts.softmaxAux!, sinkQuads);
-  for (const group of headGroups(problem, scratch)) {
-    addExpansion(list, problem, config, capabilities, layouts, scratch, group);
+  for (const group of headGroups(problem, expansion)) {
+    const { valuesBase, ropeBase } = expansion.add(list, group);
     const groupHeads = { start: group.first * (queryHeads / kvHeads), count: group.heads * (queryHeads / kvHeads) };
     queryRanges.forEach((rows, range) => {
       const rowsOf = (what: string, layout: OperandLayout, width: number) =>
@@ -88,7 +103,7 @@ export function attentionPlan(
           const bound: (Bound | null)[] = [
             [attendBindings.blocks, "blocks", { offset: 0, size: blocks[range].byteLength }],
             [attendBindings.query, "query", queries],
-            [attendBindings.expanded, "expanded", { offset: 0, size: scratch.bytes }],
+            [attendBindings.expanded, "expanded", { offset: 0, size: expansion.bytes }],
             [attendBindings.output, "output", outputs],
             ropeKeys && [attendBindings.bK, "bK", ropeKeys],
             ropeQueries && [attendBindings.bQ, "bQ", ropeQueries],
@@ -102,11 +117,11 @@ export function attentionPlan(
             scoreFloats(problem),
             [
               ...scoreWords(problem, rows, term && window ? { layout: term, window } : null),
-              ...[firstHead, group.first, group.heads, scratch.values.offset / 4, firstBlock, queryHeads / kvHeads],
+              ...[firstHead, group.first, group.heads, valuesBase, firstBlock, queryHeads / kvHeads],
               ...[qkNopeHeadDim, qkRopeHeadDim, vHeadDim],
               ...[queries.base, query.row, query.head, batchGap(query, queryLength)],
               ...[outputs.base, output.row, output.head, batchGap(output, queryLength)],
-              ...(ropeKeys === null ? [0, 0, 0] : [ropeKeys.base, bK.row, batchGap(bK, keyLength)]),
+              ...(ropeKeys === null ? [ropeBase, 0, 0] : [ropeKeys.base, bK.row, batchGap(bK, keyLength)]),
               ...(ropeQueries === null ? [0, 0, 0] : [ropeQueries.base, bQ.row, batchGap(bQ, queryLength)]),
               ...(logSums === null ? [0, 0, 0] : [logSums.base, lse!.batch, lse!.head]),
             ],
@@ -116,29 +131,86 @@ export function attentionPlan(
     });
   }
 
+  const shape = {
+    vHeadDim,
+    rope,
+    query: quads(query, qkNopeHeadDim, rope === "in_query" ? qkRopeHeadDim : 0),
+    output: quads(output, vHeadDim),
+    ropeQuery: rope === "shared" ? quads(bQ, qkRopeHeadDim) : "f32" as const,
+    terms: scoreTerms(problem, layouts.bias?.dtype === "f16" ? "f16" : "f32"),
+    sinkQuads,
+    lse: lse !== undefined,
+  };
   return {
     kernels: {
       ...(sinks > 0 && { sinks: sinksSource(layouts.softmaxAux!.dtype as StorageType) }),
-      ...expansionKernels(problem, config, capabilities, layouts),
-      attend: attendSource(config, {
-        vHeadDim,
-        rope,
-        query: quads(query, qkNopeHeadDim, rope === "in_query" ? qkRopeHeadDim : 0),
-        expanded: scratch.element,
-        output: quads(output, vHeadDim),
-        ropeKey: rope === "none" ? "f32" : quads(bK, qkRopeHeadDim),
-        ropeQuery: rope === "shared" ? quads(bQ, qkRopeHeadDim) : "f32",
-        terms: scoreTerms(problem, layouts.bias?.dtype === "f16" ? "f16" : "f32"),
-        sinkQuads,
-        lse: lse !== undefined,
-      }, capabilities),
+      ...expansion.kernels,
+      attend: config.matrixUnits
+        ? matrixAttendSource(
+          attendTile(config),
+          { ...shape, qkNopeHeadDim, qkRopeHeadDim },
+          capabilities.matrixUnits!,
+        )
+        : attendSource(config, {
+          ...shape,
+          expanded: expansion.element,
+          ropeKey: rope === "none" ? "f32" : quads(bK, qkRopeHeadDim),
+        }, capabilities),
     },
     dispatches: list.dispatches,
     params: list.packParams(),
     layouts,
     queryRanges,
     schedules: { blocks },
-    scratch: { expanded: scratch.bytes, ...(sinks > 0 && { sinks: sinkQuads * 16 }) },
+    scratch: { expanded: expansion.bytes, ...(sinks > 0 && { sinks: sinkQuads * 16 }) },
+  };
+}
+
+/** How a plan has latents expanded. */
+interface Expansion {
+  /** KV heads of a group. */
+  readonly groupKvHeads: number;
+  /** Bytes of scratch. */
+  readonly bytes: number;
+  /** How plain kernels load it. */
+  readonly element: StorageElement;
+  /** The kernels. */
+  readonly kernels: Readonly<Record<string, string>>;
+  /** Adds the dispatches of a group; elements from the first key to the first value and to the first rotary key. */
+  add(
+    list: DispatchList,
+    group: { readonly first: number; readonly heads: number },
+  ): { readonly valuesBase: number; readonly ropeBase: number };
+}
+
+function plainExpansion(
+  problem: MlaProblem,
+  config: FlashMLAConfig,
+  capabilities: Capabilities,
+  layouts: OperandLayouts,
+): Expansion {
+  const scratch = expandedScratch(problem, capabilities.limits);
+  return {
+    ...scratch,
+    kernels: expansionKernels(problem, config, capabilities, layouts),
+    add(list, group) {
+      addExpansion(list, problem, config, capabilities, layouts, scratch, group);
+      return { valuesBase: scratch.values.offset / 4, ropeBase: 0 };
+    },
+  };
+}
+
+function matrixExpansion(problem: MlaProblem, capabilities: Capabilities, layouts: OperandLayouts): Expansion {
+  const groupKvHeads = matrixGroupHeads(problem, capabilities.limits);
+  return {
+    groupKvHeads,
+    bytes: matrixScratchBytes(problem, groupKvHeads),
+    element: "vec4<f16>",
+    kernels: matrixExpansionKernels(problem, capabilities, layouts),
+    add(list, group) {
+      addMatrixExpansion(list, problem, capabilities, layouts, group);
+      return matrixScratch(problem, problem.batch * problem.keyLength, group.heads);
+    },
   };
 }
 

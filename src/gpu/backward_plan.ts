@@ -21,6 +21,11 @@ import {
   attendBackwardSource,
   expandBackwardSource,
   headSumSource,
+  matrixGradSource,
+  matrixMagnitudeSource,
+  matrixMaximaSource,
+  matrixProjectSource,
+  matrixStageSource,
   rowStatsSource,
   sinkGradientSource,
 } from "./kernel_sources.ts";
@@ -38,7 +43,16 @@ import * as headSum from "./kernels/head_sum.ts";
 import * as rowStats from "./kernels/row_stats.ts";
 import { scoreFloats, scoreTerms } from "./kernels/score_terms.ts";
 import * as sinkGradient from "./kernels/sink_gradient.ts";
-import { checkWindow, limitError } from "./limit_checks.ts";
+import { matrixGradBindings, type MatrixGradTarget, type MatrixGradTile } from "./kernels/matrix_attend_backward.ts";
+import { maximaBinding } from "./kernels/matrix_expand_backward.ts";
+import * as magnitude from "./kernels/matrix_magnitude.ts";
+import { maximaBytes, workgroups as maximaWorkgroups } from "./kernels/matrix_maxima.ts";
+import { matrixScratch } from "./kernels/matrix_scratch.ts";
+import * as stage from "./kernels/matrix_stage.ts";
+import { stagedBytes } from "./kernels/matrix_staged.ts";
+import { checkBinding, checkWindow, limitError } from "./limit_checks.ts";
+import { gradTile as matrixGradTile, projectTile, whyMatrixBackwardInvalid } from "./matrix_config.ts";
+import { addMatrixExpansion, matrixExpansionKernels } from "./matrix_expansion.ts";
 import {
   batchGap,
   type BindingWindow,
@@ -59,13 +73,20 @@ import { scoreWords, termHeads } from "./score_params.ts";
 export function whyBackwardInvalid(
   config: FlashMLAConfig,
   problem: MlaProblem,
-  { limits }: Capabilities,
+  capabilities: Capabilities,
 ): string | null {
+  if (onMatrixUnits(config, problem, capabilities)) return null;
+  const { limits } = capabilities;
   for (const target of targets(problem)) {
     const why = whyAttendInvalid(target, config, problem, limits);
     if (why !== null) return why;
   }
   return null;
+}
+
+/** Whether a problem's gradients run on matrix units; what these cannot do, plain kernels do. */
+function onMatrixUnits(config: FlashMLAConfig, problem: MlaProblem, capabilities: Capabilities): boolean {
+  return config.matrixUnits && whyMatrixBackwardInvalid(problem, capabilities) === null;
 }
 
 function targets({ scoreTerm }: MlaProblem): GradTarget[] {
@@ -87,9 +108,11 @@ interface Planning {
   readonly layouts: OperandLayouts;
   readonly scratch: BackwardScratch;
   readonly queryRanges: readonly RowRange[];
-  readonly tiles: Readonly<Record<GradTarget, GradTile>>;
+  readonly tiles: Readonly<Record<GradTarget, Pick<GradTile, "rows" | "columns">>>;
   /** The schedules of each range. */
   readonly blocks: Readonly<Record<GradTarget, readonly Uint32Array<ArrayBuffer>[]>>;
+  /** The device, where the gradients run on its matrix units. */
+  readonly matrix: Capabilities | null;
 }
 
 const scheduleOf = { query: "queryBlocks", keys: "keyBlocks", bias: "biasBlocks" } as const;
@@ -112,12 +135,18 @@ export function backwardPlan(
   const { limits } = capabilities;
   const { keyLength, qkNopeHeadDim: P, qkRopeHeadDim: R, vHeadDim: V, rope } = problem;
   const { query, bQ, bK, keyValue, wKc, wVc, output, gradOutput } = layouts as Required<OperandLayouts>;
-  const queryRanges = backwardRanges(problem, layouts, limits);
-  const scratch = backwardScratch(problem, limits, queryRanges);
+  const matrix = onMatrixUnits(config, problem, capabilities) ? capabilities : null;
+  const queryRanges = backwardRanges(problem, layouts, limits, matrix !== null);
+  const scratch = backwardScratch(problem, limits, queryRanges, matrix !== null);
   const wanted = targets(problem);
   const tiles = Object.fromEntries(
-    wanted.map((target) => [target, gradTile(target, config, problem, limits)!]),
-  ) as Record<GradTarget, GradTile>;
+    wanted.map((target) => [
+      target,
+      matrix === null
+        ? gradTile(target, config, problem, limits)!
+        : matrixGradTile(target as MatrixGradTarget, problem, matrix),
+    ]),
+  ) as unknown as Planning["tiles"];
   const blocks = Object.fromEntries(wanted.map((target) => [
     target,
     queryRanges.map((range) => {
@@ -126,14 +155,16 @@ export function backwardPlan(
     }),
   ])) as unknown as Planning["blocks"];
   const list = new DispatchList();
-  const planning: Planning = { list, problem, config, limits, layouts, scratch, queryRanges, tiles, blocks };
+  const planning: Planning = { list, problem, config, limits, layouts, scratch, queryRanges, tiles, blocks, matrix };
 
   queryRanges.forEach((_, range) => addStats(planning, range));
-  if (rope !== "none") addRopeKeys(planning);
+  if (rope !== "none" && matrix === null) addRopeKeys(planning);
   for (const group of headGroups(problem, scratch.expanded)) {
-    addExpansion(list, problem, config, capabilities, layouts, scratch.expanded, group);
+    if (matrix === null) addExpansion(list, problem, config, capabilities, layouts, scratch.expanded, group);
+    else addMatrixExpansion(list, problem, matrix, layouts, group);
     if (queryRanges.length > 1) addZeros(planning);
     queryRanges.forEach((_, range) => {
+      if (matrix !== null) addStaging(planning, range, group);
       addQueryGradient(planning, range, group);
       addKeyGradients(planning, range, group);
       if (wanted.includes("bias")) addBiasGradient(planning, range, group);
@@ -151,30 +182,51 @@ export function backwardPlan(
     expanded: scratch.element,
   };
   const gapped = batchGap(keyValue, keyLength) !== 0;
-  const tile = gradientTile(config, limits);
-  const expansionGradients = (width: number, weight: OperandLayout) => ({
-    latents: expandBackwardSource("latents", tile, {
-      left: width % 4 === 0 ? "vec4<f32>" : "f32",
-      right: quads(weight, width),
-      gradient: problem.kvLoraRank % 4 === 0 ? "vec4<f32>" : "f32",
-      gapped: false,
-    }),
-    weights: expandBackwardSource("weights", weightsTile(planning, width), {
-      left: quads(keyValue, problem.kvLoraRank),
-      right: width % 4 === 0 ? "vec4<f32>" : "f32",
-      gradient: width % 4 === 0 ? "vec4<f32>" : "f32",
-      gapped,
-    }),
-  });
-  const [fromKeys, fromValues] = [expansionGradients(P, wKc), expansionGradients(V, wVc)];
+  const projections = (side: "keys" | "values", width: number, weight: OperandLayout) => {
+    const gradients = width % 4 === 0 ? "vec4<f32>" as const : "f32" as const;
+    const shapes = {
+      latents: {
+        left: gradients,
+        right: quads(weight, width),
+        gradient: problem.kvLoraRank % 4 === 0 ? "vec4<f32>" as const : "f32" as const,
+        gapped: false,
+      },
+      weights: { left: quads(keyValue, problem.kvLoraRank), right: gradients, gradient: gradients, gapped },
+    };
+    const source = (which: expandBackward.ExpandGradient) =>
+      matrix === null
+        ? expandBackwardSource(which, plainProjectTile(planning, which, width), shapes[which])
+        : matrixProjectSource(which, projectTile(which, matrix), { ...shapes[which], side }, matrix.matrixUnits!);
+    return { latents: source("latents"), weights: source("weights") };
+  };
+  const [fromKeys, fromValues] = [projections("keys", P, wKc), projections("values", V, wVc)];
+  const attendKernels = matrix === null
+    ? {
+      ...(rope !== "none" && { ropeKeys: headSumSource(bK.dtype as StorageType) }),
+      ...expansionKernels(problem, config, capabilities, layouts),
+      ...Object.fromEntries(
+        wanted.map((target) => [target, attendBackwardSource(target, tiles[target] as GradTile, shape)]),
+      ),
+    }
+    : {
+      ...matrixExpansionKernels(problem, matrix, layouts),
+      magnitude: matrixMagnitudeSource(shape.gradOutput),
+      stage: matrixStageSource(shape),
+      maxima: matrixMaximaSource(),
+      ...Object.fromEntries((["query", "keys"] as const).map((target) => [
+        target,
+        matrixGradSource(target, tiles[target] as MatrixGradTile, {
+          ...{ qkNopeHeadDim: P, qkRopeHeadDim: R, vHeadDim: V, terms },
+          gradient: scratch.element,
+        }, matrix.matrixUnits!),
+      ])),
+    };
   return {
     kernels: {
       rowStats: rowStatsSource({ output: quads(output, V), gradOutput: quads(gradOutput, V) }),
       ...(problem.sinks > 0 && { sinkGradient: sinkGradientSource(layouts.softmaxAux!.dtype as StorageType) }),
-      ...(rope !== "none" && { ropeKeys: headSumSource(bK.dtype as StorageType) }),
       ...((rope !== "none" || queryRanges.length > 1) && { headSum: headSumSource("f32") }),
-      ...expansionKernels(problem, config, capabilities, layouts),
-      ...Object.fromEntries(wanted.map((target) => [target, attendBackwardSource(target, tiles[target], shape)])),
+      ...attendKernels,
       latentsFromKeys: fromKeys.latents,
       latentsFromValues: fromValues.latents,
       weightsFromKeys: fromKeys.weights,
@@ -190,12 +242,21 @@ export function backwardPlan(
       gradExpanded: scratch.gradExpanded.bytes,
       stats: scratch.stats.at(-1)!.offset + scratch.stats.at(-1)!.size,
       ...(rope === "shared" && { gradQuery: scratch.gradQueryBytes }),
+      ...(matrix !== null && {
+        staged: Math.max(...queryRanges.map(({ start, end }) => stagedBytes(problem, end - start, problem.queryHeads))),
+        maxima: maximaBytes,
+      }),
     },
   };
 }
 
 /** Ranges of query rows: each of what forward cuts, of its gradients, and of the scratch by rows, has to fit a binding. */
-function backwardRanges(problem: MlaProblem, layouts: OperandLayouts, limits: GpuLimits): RowRange[] {
+function backwardRanges(
+  problem: MlaProblem,
+  layouts: OperandLayouts,
+  limits: GpuLimits,
+  matrixUnits: boolean,
+): RowRange[] {
   const { queryLength, queryHeads, qkNopeHeadDim: P, qkRopeHeadDim: R } = problem;
   const gradQuery = layouts["grad.query"]!;
   const dense = (width: number) => ({
@@ -208,6 +269,8 @@ function backwardRanges(problem: MlaProblem, layouts: OperandLayouts, limits: Gp
       { layout: gradQuery, width: rowWidth(gradQuery, problem, "query") },
       dense(queryHeads * 2),
       ...(problem.rope === "shared" ? [dense(queryHeads * (P + R))] : []),
+      // Staged halves, and the header before them.
+      ...(matrixUnits ? [dense(Math.ceil(stagedBytes(problem, 1, queryHeads) / 4))] : []),
     ],
     terms: layouts["grad.bias"] === undefined ? [] : [layouts["grad.bias"]],
   });
@@ -376,14 +439,15 @@ function addAttend(
   const queries = rangeWindow(planning, "query", range);
   const grads = rangeWindow(planning, "gradOutput", range);
   const ropeQueries = rope === "shared" ? rangeWindow(planning, "bQ", range) : null;
+  const streamed: (Bound | null)[] = planning.matrix === null
+    ? [[at.query, "query", queries], [at.gradOutput, "gradOutput", grads], ropeQueries && [at.bQ, "bQ", ropeQueries]]
+    : [[matrixGradBindings.staged, "staged", stagedWindow(planning, range)]];
   const bound: (Bound | null)[] = [
     [at.blocks, scheduleOf[target], { offset: 0, size: schedule.byteLength }],
-    [at.query, "query", queries],
-    [at.gradOutput, "gradOutput", grads],
+    ...streamed,
     [at.stats, "stats", scratch.stats[range]],
     [at.expanded, "expanded", { offset: 0, size: scratch.expanded.bytes }],
     gradient,
-    ropeQueries && [at.bQ, "bQ", ropeQueries],
     window ? [at.term, termName, window] : null,
   ];
   for (const [offset, tiles] of chunks(count, limits.maxComputeWorkgroupsPerDimension)) {
@@ -395,8 +459,7 @@ function addAttend(
         ...scoreWords(problem, rows, term && window ? { layout: term, window } : null),
         ...wordsOf({
           ...{ firstHead: heads.start, headCount, firstKvHead: group.first, groupKvHeads: group.heads },
-          valuesBase: scratch.expanded.values.offset / 4,
-          ropeBase: scratch.expanded.rope.offset / 4,
+          ...expandedBases(planning, group),
           ...{ firstBlock: first + offset, groupSize: queryHeads / kvHeads, widths: [P, R, V] },
           rangeRows: rows.end - rows.start,
           query: [queries.base, query.row, query.head, batchGap(query, queryLength)],
@@ -408,6 +471,71 @@ function addAttend(
       ],
     );
   }
+}
+
+/** Elements from the first key of a group to its first value and to the first rotary key. */
+function expandedBases({ problem, scratch, matrix }: Planning, group: Group) {
+  if (matrix !== null) {
+    const { valuesBase, ropeBase } = matrixScratch(problem, problem.batch * problem.keyLength, group.heads);
+    return { valuesBase, ropeBase };
+  }
+  return { valuesBase: scratch.expanded.values.offset / 4, ropeBase: scratch.expanded.rope.offset / 4 };
+}
+
+/** The staged queries and output gradients of a range. */
+function stagedWindow({ problem, limits, queryRanges }: Planning, range: number): Region {
+  const { start, end } = queryRanges[range];
+  const size = stagedBytes(problem, end - start, problem.queryHeads);
+  checkBinding("the staged queries", size, limits);
+  return { offset: 0, size };
+}
+
+/** Adds the dispatches that bring a range's queries and output gradients to halves, scaled by the group's values. */
+function addStaging(planning: Planning, range: number, group: Group): void {
+  const { list, problem, layouts, scratch, queryRanges } = planning;
+  const { queryLength, queryHeads, kvHeads, qkNopeHeadDim: P, qkRopeHeadDim: R, vHeadDim: V, rope } = problem;
+  const { query, gradOutput, bQ } = layouts as Required<OperandLayouts>;
+  const rows = queryRanges[range];
+  const queries = rangeWindow(planning, "query", range);
+  const grads = rangeWindow(planning, "gradOutput", range);
+  const ropeQueries = rope === "shared" ? rangeWindow(planning, "bQ", range) : null;
+  const staged = stagedWindow(planning, range);
+  const words = [
+    ...scoreWords(problem, rows, null),
+    ...wordsOf({
+      ...{ firstHead: 0, headCount: 1, firstKvHead: group.first, groupKvHeads: group.heads },
+      ...expandedBases(planning, group),
+      ...{ firstBlock: 0, groupSize: queryHeads / kvHeads, widths: [P, R, V], rangeRows: rows.end - rows.start },
+      query: [queries.base, query.row, query.head, batchGap(query, queryLength)],
+      gradOutput: [grads.base, gradOutput.row, gradOutput.head, batchGap(gradOutput, queryLength)],
+      ropeQuery: ropeQueries === null ? [0, 0, 0] : [ropeQueries.base, bQ.row, batchGap(bQ, queryLength)],
+      gradient: [0, 0, 0, 0],
+      ...nowhere,
+      columnTiles: 1,
+    }),
+  ];
+  list.add(
+    { kernel: "magnitude", range, workgroups: magnitude.workgroups },
+    [
+      [magnitude.magnitudeBindings.gradOutput, "gradOutput", grads],
+      [magnitude.magnitudeBindings.expanded, "expanded", { offset: 0, size: scratch.expanded.bytes }],
+      [magnitude.magnitudeBindings.staged, "staged", staged],
+    ],
+    scoreFloats(problem),
+    words,
+  );
+  const bound: (Bound | null)[] = [
+    [stage.stageBindings.query, "query", queries],
+    [stage.stageBindings.gradOutput, "gradOutput", grads],
+    [stage.stageBindings.staged, "staged", staged],
+    ropeQueries && [stage.stageBindings.bQ, "bQ", ropeQueries],
+  ];
+  list.add(
+    { kernel: "stage", range, workgroups: [stage.workgroups, 1] },
+    bound.filter((operand) => operand !== null),
+    scoreFloats(problem),
+    words,
+  );
 }
 
 /** Query heads of a group. */
@@ -540,6 +668,11 @@ function addBiasGradient(planning: Planning, range: number, group: Group): void 
   }
 }
 
+/** The tile of the expansion's gradients without matrix units. */
+function plainProjectTile(planning: Planning, which: expandBackward.ExpandGradient, width: number): ExpandTile {
+  return which === "latents" ? gradientTile(planning.config, planning.limits) : weightsTile(planning, width);
+}
+
 /** The tile of the expansion's gradients. */
 function gradientTile(config: Pick<FlashMLAConfig, "expandBlock" | "unrollDepth">, limits: GpuLimits): ExpandTile {
   const tile = expandTile(config, limits);
@@ -560,7 +693,7 @@ function weightsTile({ problem, config, limits, scratch }: Planning, width: numb
 }
 
 function addExpansionGradients(planning: Planning, group: Group): void {
-  const { list, problem, config, limits, layouts, scratch } = planning;
+  const { list, problem, limits, layouts, scratch, matrix } = planning;
   const { batch, keyLength, kvHeads, kvLoraRank: L, qkNopeHeadDim, vHeadDim } = problem;
   const { keyValue } = layouts as Required<OperandLayouts>;
   const keyRows = batch * keyLength;
@@ -576,7 +709,7 @@ function addExpansionGradients(planning: Planning, group: Group): void {
   ] as const;
   const add = (
     kernel: string,
-    tile: ExpandTile,
+    tile: Pick<ExpandTile, "blockM" | "blockN">,
     bound: readonly Bound[],
     words: Omit<expandBackward.ExpandBackwardWords, "firstTile" | "accumulate">,
   ) => {
@@ -594,6 +727,24 @@ function addExpansionGradients(planning: Planning, group: Group): void {
       );
     }
   };
+  const matrixBound: readonly Bound[] = matrix === null
+    ? []
+    : [[maximaBinding, "maxima", { offset: 0, size: maximaBytes }]];
+  if (matrix !== null) {
+    const { keys, values, bytes } = scratch.gradExpanded;
+    list.add(
+      { kernel: "maxima", range: 0, workgroups: maximaWorkgroups },
+      [[1, "gradExpanded", { offset: 0, size: bytes }], [2, "maxima", { offset: 0, size: maximaBytes }]],
+      [],
+      [
+        keys.offset / 4 + keyRows * group.heads * qkNopeHeadDim,
+        values.offset / 4,
+        values.offset / 4 + keyRows * group.heads * vHeadDim,
+      ],
+    );
+  }
+  const tileOf = (which: expandBackward.ExpandGradient, width: number) =>
+    matrix === null ? plainProjectTile(planning, which, width) : projectTile(which, matrix);
   for (const { from, region, name, width } of sides) {
     const columns = group.heads * width;
     const weights = checkWindow(name, denseWindow(layouts[name]!, L * kvHeads * width), limits);
@@ -606,8 +757,8 @@ function addExpansionGradients(planning: Planning, group: Group): void {
     const gradRows: Region = { offset: region.offset, size: keyRows * columns * 4 };
     add(
       `latentsFrom${from}`,
-      gradientTile(config, limits),
-      [[1, "gradExpanded", gradRows], [2, name, weights], [3, "grad.keyValue", gradLatents]],
+      tileOf("latents", width),
+      [[1, "gradExpanded", gradRows], [2, name, weights], [3, "grad.keyValue", gradLatents], ...matrixBound],
       {
         sizes: [keyRows, L, columns],
         left: [0, columns, keyRows, 0],
@@ -617,8 +768,8 @@ function addExpansionGradients(planning: Planning, group: Group): void {
     );
     add(
       `weightsFrom${from}`,
-      weightsTile(planning, width),
-      [[1, "keyValue", latents], [2, "gradExpanded", gradRows], [3, gradName, gradWeights]],
+      tileOf("weights", width),
+      [[1, "keyValue", latents], [2, "gradExpanded", gradRows], [3, gradName, gradWeights], ...matrixBound],
       {
         sizes: [L, columns, keyRows],
         left: [latents.base, keyValue.row, keyLength, batchGap(keyValue, keyLength)],

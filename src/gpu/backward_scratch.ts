@@ -7,11 +7,16 @@
 //   stats         8 · queryRows · Hq bytes
 //   gradQuery     4 · rangeRows · heads · (P + R) bytes, with rope mode `shared`
 //
+// On matrix units expanded is half as large, and the queries and the output's gradient of a range are kept in halves, too:
+//
+//   staged        2 · rangeRows · Hq · (P + R + V) bytes, widths in whole fragments
+//
 // The first two together keep to scratchLimit, unless one head alone needs more.
 
 import type { MlaProblem } from "../op/mla_problem.ts";
 import type { GpuLimits } from "./capabilities.ts";
 import { type ExpandedScratch, type Region, scratchLimit } from "./expansion.ts";
+import { matrixScratch } from "./kernels/matrix_scratch.ts";
 import { checkBinding, limitError } from "./limit_checks.ts";
 import type { RowRange } from "./schedule.ts";
 
@@ -55,15 +60,31 @@ function regions(sizes: readonly [keys: number, values: number, rope: number]): 
   return { keys, values, rope, bytes: end };
 }
 
+/** The regions of keys and values in halves: one buffer, which the matrix kernels bind as a whole. */
+function halvesRegions(problem: MlaProblem, heads: number): Regions {
+  const { valuesBase, ropeBase, bytes } = matrixScratch(problem, problem.batch * problem.keyLength, heads);
+  return {
+    keys: { offset: 0, size: 2 * valuesBase },
+    values: { offset: 2 * valuesBase, size: 2 * (ropeBase - valuesBase) },
+    rope: { offset: 2 * ropeBase, size: bytes - 2 * ropeBase },
+    bytes,
+  };
+}
+
 /**
  * Lays out the scratch of a problem's head groups.
  *
+ * @param problem The problem.
+ * @param limits The device's limits.
+ * @param queryRanges The ranges of query rows.
+ * @param matrixUnits Whether keys and values are expanded for matrix units.
  * @throws {FlashMLAError} With code `limit` when one head does not fit.
  */
 export function backwardScratch(
   problem: MlaProblem,
   limits: GpuLimits,
   queryRanges: readonly RowRange[],
+  matrixUnits: boolean = false,
 ): BackwardScratch {
   const { batch, keyLength, queryHeads, kvHeads, qkNopeHeadDim: P, qkRopeHeadDim: R, vHeadDim: V, rope } = problem;
   const keyRows = batch * keyLength;
@@ -72,7 +93,9 @@ export function backwardScratch(
     throw limitError(`${headsPerKv} query heads per KV head`, "maxComputeWorkgroupsPerDimension", limits);
   }
   const layout = (heads: number) => ({
-    expanded: regions([keyRows * heads * P, keyRows * heads * V, keyRows * R]),
+    expanded: matrixUnits
+      ? halvesRegions(problem, heads)
+      : regions([keyRows * heads * P, keyRows * heads * V, keyRows * R]),
     gradExpanded: regions([keyRows * heads * P, keyRows * heads * V, keyRows * heads * R]),
   });
   const fits = (heads: number) => {

@@ -35,7 +35,7 @@ const sharedMemory = new WeakMap<object, Map<string, Shared>>();
  */
 export async function sharedBy<Memory extends { dispose(): void }>(
   sharer: object,
-  kind: "forward" | "backward" | "tensors",
+  kind: "forward" | "backward" | "forward on matrix units" | "backward on matrix units" | "tensors",
   make: () => Promise<Memory>,
 ): Promise<Held<Memory>> {
   const kinds = sharedMemory.get(sharer) ?? new Map<string, Shared>();

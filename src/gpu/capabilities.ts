@@ -88,6 +88,11 @@ export interface Capabilities {
   readonly timestamps: "none" | "exact" | "quantised";
   /** The subgroup matrices that the device was opened with; empty without the feature. */
   readonly subgroupMatrices: readonly SubgroupMatrixConfig[];
+  /**
+   * How kernels may use matrix units: in which syntax of WGSL they gave the right products of 16 × 16 × 16 halves, or null.
+   * `emulated` is for tests of their kernels on devices without.
+   */
+  readonly matrixUnits: "template" | "flag" | "emulated" | null;
   /** The device's limits. */
   readonly limits: GpuLimits;
 }
@@ -111,6 +116,8 @@ export function capabilitiesOf(device: GPUDevice, engine: Engine, findings: Prob
     subgroups: subgroups === null ? null : { ...subgroups, directive: engine.subgroupsDirective },
     timestamps: timestampQuality(findings.ticks),
     subgroupMatrices: subgroupMatrices(device),
+    // Kernels take a subgroup for 32 invocations, and halves for granted.
+    matrixUnits: findings.f16 && subgroups?.minSize === 32 && subgroups.maxSize === 32 ? findings.matrixUnits : null,
     limits: limits as unknown as GpuLimits,
   };
 }
@@ -158,7 +165,7 @@ export function adapterName(info: GPUAdapterInfo | undefined): string {
 
 /** One line that two devices share exactly when a configuration tuned on one is valid on the other. */
 export function deviceFingerprint(capabilities: Capabilities): string {
-  const { engine, adapter, f16, subgroups, timestamps, subgroupMatrices, limits } = capabilities;
+  const { engine, adapter, f16, subgroups, timestamps, subgroupMatrices, matrixUnits, limits } = capabilities;
   return [
     // Dawn compiles the same kernels in every runtime that hosts it.
     engine.replace(/^(Dawn \(webgpu \d[^,]*), [^)]*\)$/, "$1)"),
@@ -166,6 +173,7 @@ export function deviceFingerprint(capabilities: Capabilities): string {
     f16 ? "f16" : "no f16",
     subgroups === null ? "no subgroups" : `subgroups ${subgroups.minSize} to ${subgroups.maxSize}`,
     `timestamps ${timestamps}`,
+    ...matrixUnits === null ? [] : [`matrix units ${matrixUnits}`],
     ...subgroupMatrices.length === 0 ? [] : [`matrices ${subgroupMatrices.map(matrixName).join(" ")}`],
     ...limitNames.map((name) => limits[name]),
   ].join("; ");

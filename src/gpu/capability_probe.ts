@@ -13,6 +13,8 @@ import {
   arithmeticIsRight,
   halves,
   halvesAreRight,
+  matrixProduct,
+  matrixProductIsRight,
   type ProbeKernel,
   subgroups,
   subgroupSizes,
@@ -26,9 +28,14 @@ export interface ProbeFindings {
   readonly f16: boolean;
   /** Sizes of the subgroups seen, ascending; empty where they are missing or not as our kernels need them. */
   readonly subgroupSizes: readonly number[];
+  /** The syntax in which subgroup matrices of 16 × 16 × 16 halves gave the right products, or null. */
+  readonly matrixUnits: "template" | "flag" | null;
   /** Timestamps at both ends of every pass, in nanoseconds; empty without the feature. */
   readonly ticks: readonly bigint[];
 }
+
+/** Syntaxes of subgroup matrices, the newest first. */
+const matrixSyntaxes = ["template", "flag"] as const;
 
 /** Workgroup sizes that subgroups are looked at with: some compilers choose the subgroup's size by them. */
 const subgroupWorkgroups = [64, 256];
@@ -46,6 +53,10 @@ export async function probe(device: GPUDevice, engine: Engine): Promise<ProbeFin
   const groups = subgroupWorkgroups.map((size) => subgroups(size, engine.subgroupsDirective));
   if (device.features.has("shader-f16")) asked.push(halves);
   if (device.features.has("subgroups")) asked.push(...groups);
+  const matrices = matrixSyntaxes.map((syntax) => ({ syntax, kernel: matrixProduct(syntax) }));
+  if ((device.features as ReadonlySet<string>).has("chromium-experimental-subgroup-matrix")) {
+    asked.push(...matrices.map(({ kernel }) => kernel));
+  }
 
   const compiled = await Promise.all(asked.map((kernel) => compile(device, kernel)));
   const jobs = compiled.filter((job) => job !== null);
@@ -61,6 +72,10 @@ export async function probe(device: GPUDevice, engine: Engine): Promise<ProbeFin
   return {
     computes: plain !== null && arithmeticIsRight(plain),
     f16: half !== null && halvesAreRight(half),
+    matrixUnits: matrices.find(({ kernel }) => {
+      const words = wordsOf(kernel);
+      return words !== null && matrixProductIsRight(words);
+    })?.syntax ?? null,
     subgroupSizes: sizes.every((seen) => seen.length > 0) ? [...new Set(sizes.flat())].sort((a, b) => a - b) : [],
     ticks,
   };

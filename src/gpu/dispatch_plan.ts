@@ -14,7 +14,7 @@ export const paramsBytes = 208;
 export type Schedule = "blocks" | "queryBlocks" | "keyBlocks" | "biasBlocks";
 
 /** Memory of ours that kernels write and read within one call. `sinks` is bound as a uniform, too. */
-export type ScratchName = "expanded" | "sinks" | "gradExpanded" | "gradQuery" | "stats";
+export type ScratchName = "expanded" | "sinks" | "gradExpanded" | "gradQuery" | "stats" | "staged" | "maxima";
 
 /** The operands that dispatches bind. */
 export type Operand = LaidOut | "params" | Schedule | ScratchName;

@@ -92,7 +92,7 @@ export function expandedScratch(problem: MlaProblem, limits: GpuLimits): Expande
 /** The groups of KV heads in order. */
 export function headGroups(
   { kvHeads }: MlaProblem,
-  { groupKvHeads }: ExpandedScratch,
+  { groupKvHeads }: Pick<ExpandedScratch, "groupKvHeads">,
 ): { first: number; heads: number }[] {
   return chunks(kvHeads, groupKvHeads).map(([first, heads]) => ({ first, heads }));
 }

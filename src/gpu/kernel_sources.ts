@@ -13,6 +13,17 @@ import * as expandBackward from "./kernels/expand_backward.ts";
 import * as headSum from "./kernels/head_sum.ts";
 import * as rowStats from "./kernels/row_stats.ts";
 import * as sinkGradient from "./kernels/sink_gradient.ts";
+import * as matrixAttend from "./kernels/matrix_attend.ts";
+import * as matrixGrad from "./kernels/matrix_attend_backward.ts";
+import * as matrixExpand from "./kernels/matrix_expand.ts";
+import * as matrixProject from "./kernels/matrix_expand_backward.ts";
+import * as matrixMagnitude from "./kernels/matrix_magnitude.ts";
+import * as matrixMaxima from "./kernels/matrix_maxima.ts";
+import * as matrixRope from "./kernels/matrix_rope.ts";
+import * as matrixStage from "./kernels/matrix_stage.ts";
+import type { MatrixBackend } from "./kernels/matrix_unit.ts";
+import type { ExpandGradient } from "./kernels/expand_backward.ts";
+import type { StorageElement } from "./kernels/storage_element.ts";
 import * as sinks from "./kernels/sinks.ts";
 
 /** Sources kept: some dozens of kilobytes each. */
@@ -82,4 +93,74 @@ export function headSumSource(from: "f32" | "f16"): string {
 /** The kernel of the sinks' gradients. */
 export function sinkGradientSource(aux: "f32" | "f16"): string {
   return remembered(`sink gradient ${aux}`, () => sinkGradient.wgsl(aux));
+}
+
+/** The expansion on matrix units. */
+export function matrixExpandSource(
+  tile: matrixExpand.MatrixExpandTile,
+  shape: matrixExpand.MatrixExpandShape,
+  backend: MatrixBackend,
+): string {
+  return remembered(
+    `matrix expand ${JSON.stringify([tile, shape, backend])}`,
+    () => matrixExpand.wgsl(tile, shape, backend),
+  );
+}
+
+/** The copy of rotary keys that goes with it. */
+export function matrixRopeSource(shape: matrixRope.MatrixRopeShape): string {
+  return remembered(`matrix rope ${JSON.stringify(shape)}`, () => matrixRope.wgsl(shape));
+}
+
+/** Attention on matrix units. */
+export function matrixAttendSource(
+  tile: matrixAttend.MatrixAttendTile,
+  shape: matrixAttend.MatrixAttendShape,
+  backend: MatrixBackend,
+): string {
+  return remembered(
+    `matrix attend ${JSON.stringify([tile, shape, backend])}`,
+    () => matrixAttend.wgsl(tile, shape, backend),
+  );
+}
+
+/** The magnitudes that the staging of gradients scales by. */
+export function matrixMagnitudeSource(gradOutput: StorageElement): string {
+  return remembered(`matrix magnitude ${gradOutput}`, () => matrixMagnitude.wgsl(gradOutput));
+}
+
+/** Queries and output gradients in halves. */
+export function matrixStageSource(shape: matrixStage.MatrixStageShape): string {
+  return remembered(`matrix stage ${JSON.stringify(shape)}`, () => matrixStage.wgsl(shape));
+}
+
+/** Gradients of attention on matrix units. */
+export function matrixGradSource(
+  target: matrixGrad.MatrixGradTarget,
+  tile: matrixGrad.MatrixGradTile,
+  shape: matrixGrad.MatrixGradShape,
+  backend: MatrixBackend,
+): string {
+  return remembered(
+    `matrix ${target} ${JSON.stringify([tile, shape, backend])}`,
+    () => matrixGrad.wgsl(target, tile, shape, backend),
+  );
+}
+
+/** The magnitudes that the projections of gradients scale by. */
+export function matrixMaximaSource(): string {
+  return remembered("matrix maxima", () => matrixMaxima.wgsl());
+}
+
+/** Projections of gradients on matrix units. */
+export function matrixProjectSource(
+  which: ExpandGradient,
+  tile: matrixExpand.MatrixExpandTile,
+  shape: matrixProject.MatrixExpandBackwardShape,
+  backend: MatrixBackend,
+): string {
+  return remembered(
+    `matrix project ${which} ${JSON.stringify([tile, shape, backend])}`,
+    () => matrixProject.wgsl(which, tile, shape, backend),
+  );
 }

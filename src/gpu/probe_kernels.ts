@@ -1,5 +1,13 @@
 // The kernels that a device is probed with, and what their results have to be.
 
+import {
+  fragmentSize,
+  type MatrixBackend,
+  type MatrixMemory,
+  matrixUnit,
+  subgroupSize,
+} from "./kernels/matrix_unit.ts";
+
 /** A kernel whose results are known before it runs. Binding 0 takes its result, which starts as zeros. */
 export interface ProbeKernel {
   /** WGSL; the entry point is `main`. */
@@ -118,4 +126,59 @@ export function subgroupSizes(workgroupSize: number, words: Uint32Array): number
     sizes.add(size);
   }
   return [...sizes];
+}
+
+/** Two matrices of small whole numbers, of which every product and sum is exact in any precision. */
+const leftElement = (row: number, k: number) => (3 * row + 5 * k) % 7 - 3;
+const rightElement = (k: number, column: number) => (2 * k + 3 * column) % 5 - 2;
+
+/** One product of fragments through workgroup memory, by one subgroup. */
+export function matrixProduct(backend: MatrixBackend): ProbeKernel {
+  const unit = matrixUnit(backend);
+  const factors: MatrixMemory = { name: "factors", kind: "halves", quads: 4 * fragmentSize };
+  const product: MatrixMemory = { name: "product", kind: "floats", quads: 4 * fragmentSize };
+  const result = unit.fragments("sum", "result", 1, 1);
+  const right = unit.right("right", factors, `${2 * fragmentSize}u`, 2, "row");
+  const eight = (element: string) =>
+    `packHalves(${[0, 4].map((k) => `vec4<f32>(${[0, 1, 2, 3].map((i) => `${element}(row, first + ${k + i}u)`)})`)})`;
+  return {
+    workgroups: 1,
+    words: fragmentSize * fragmentSize,
+    code: `${unit.directives}
+@group(0) @binding(0) var<storage, read_write> result: array<vec4<f32>>;
+${unit.declarations([factors, product])}
+fn leftElement(row: u32, k: u32) -> f32 { return f32((3u * row + 5u * k) % 7u) - 3.0; }
+fn rightElement(k: u32, column: u32) -> f32 { return f32((2u * k + 3u * column) % 5u) - 2.0; }
+@compute @workgroup_size(${subgroupSize})
+fn main(@builtin(local_invocation_index) t: u32) {
+${unit.prologue}
+  let row = t / 2u;
+  let first = t % 2u * 8u;
+  ${unit.writeQuad(factors, "t", eight("leftElement"))}
+  ${unit.writeQuad(factors, `${2 * fragmentSize}u + t`, eight("rightElement"))}
+  workgroupBarrier();
+${result.declaration}
+  ${result.at("0u", "0u")} = ${unit.zero};
+  let left = ${unit.loadLeft(factors, "0u", 2)};
+  ${right.code}
+  ${unit.accumulate(result.at("0u", "0u"), "left", right)}
+  ${unit.storeResult(product, "0u", 4, result.at("0u", "0u"))}
+  workgroupBarrier();
+  result[2u * t] = ${unit.readQuad(product, "2u * t")};
+  result[2u * t + 1u] = ${unit.readQuad(product, "2u * t + 1u")};
+}
+`,
+  };
+}
+
+/** Whether the words that {@link matrixProduct} wrote are the right ones. */
+export function matrixProductIsRight(words: Uint32Array<ArrayBuffer>): boolean {
+  const floats = new Float32Array(words.buffer, words.byteOffset, words.length);
+  return floats.every((value, at) => {
+    let expected = 0;
+    for (let k = 0; k < fragmentSize; k++) {
+      expected += leftElement(Math.floor(at / fragmentSize), k) * rightElement(k, at % fragmentSize);
+    }
+    return value === expected;
+  });
 }

@@ -86,7 +86,8 @@ export class ResidentCall {
    * @param context The device.
    * @param problem The problem that the inputs were validated to.
    * @param tensors The tensors.
-   * @param plan Any plan of the problem for this device and these tensors: ranges and scratch depend on those alone.
+   * @param plan Any plan of the problem for this device and these tensors: ranges and scratch depend on those alone, and on
+   * whether matrix units are used.
    * @param encoder The encoder that the call is recorded into, whose calls share their scratch.
    */
   static async create(

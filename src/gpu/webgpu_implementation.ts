@@ -203,9 +203,9 @@ class WebGpuTarget implements MlaTarget {
         { sharer: tensors },
       );
       held.push(forward);
-      const backward = !hasGradients(piece)
-        ? null
-        : await preparePiece(context, piece, cfg, (make) => sharedBy(tensors, "backward", make));
+      const backward = !hasGradients(piece) ? null : await preparePiece(context, piece, cfg, (make) => {
+        return sharedBy(tensors, cfg.matrixUnits ? "backward on matrix units" : "backward", make);
+      });
       if (backward !== null) held.push(backward);
       return await backwardTrial(context, tensors, forward.prepared, backward && backward.prepared, dispose);
     } catch (error) {
@@ -312,7 +312,8 @@ class WebGpuTarget implements MlaTarget {
         lse: typeof lse === "object" ? lse : undefined,
       };
       const make = () => ResidentCall.create(context, problem, tensors, compiled.plan, encoder);
-      memory = sharer === undefined ? ownCall(await make()) : await sharedBy(sharer, "forward", make);
+      const kind = cfg.matrixUnits ? "forward on matrix units" : "forward";
+      memory = sharer === undefined ? ownCall(await make()) : await sharedBy(sharer, kind, make);
       return { prepared: await PreparedAttention.create(context, problem, compiled, memory.resident), dispose };
     } catch (error) {
       dispose();

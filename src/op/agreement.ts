@@ -14,8 +14,11 @@ export interface Agreement {
   readonly detail: string;
 }
 
-/** relL2 between two outputs above which one is wrong, not merely rounded. */
-const outputBound = 1e-4;
+/**
+ * relL2 between two outputs above which one is wrong, not merely rounded. With halves, matrix units round expanded keys and
+ * values, and probabilities, to them: 3e-4 together.
+ */
+const outputBounds = { f32: 1e-4, f16: 3e-3 };
 
 /**
  * The same for gradients. In float32 it is what a gradient may be off from the exact one. Halves are allowed what a result
@@ -30,13 +33,22 @@ const gradientBounds = { f32: 3e-4, f16: 3e-3 };
  */
 const cancelled = 1e-2;
 
-/** Compares two outputs by ‖candidate − best‖ / ‖best‖; non-finite elements must stand in the same places. */
-export function outputsAgree(candidate: AnyTensor, best: AnyTensor): Agreement {
+/**
+ * Compares two outputs by ‖candidate − best‖ / ‖best‖; non-finite elements must stand in the same places.
+ *
+ * @param candidate An output.
+ * @param best The best known one.
+ * @param problem The call's dimensions and element types; float32 when absent.
+ */
+export function outputsAgree(candidate: AnyTensor, best: AnyTensor, problem?: MlaProblem): Agreement {
   if (isGpuTensor(candidate) || isGpuTensor(best)) return { ok: true, detail: "not compared: it stayed on the GPU" };
   const found = distance(toFloats(candidate).data, toFloats(best).data, "output");
   if (typeof found === "string") return { ok: false, detail: found };
   const error = relative(found);
-  return { ok: error <= outputBound, detail: `relL2 ${error.toExponential(2)} against the best known output` };
+  return {
+    ok: error <= outputBounds[problem === undefined ? "f32" : elements(problem)],
+    detail: `relL2 ${error.toExponential(2)} against the best known output`,
+  };
 }
 
 /**
@@ -48,9 +60,7 @@ export function outputsAgree(candidate: AnyTensor, best: AnyTensor): Agreement {
  * @returns Whether all agree, and the tensor that is furthest apart.
  */
 export function gradientsAgree(problem: MlaProblem, candidate: MlaGradients, best: MlaGradients): Agreement {
-  const { dtype } = problem;
-  const halves = typeof dtype === "string" ? dtype === "f16" : Object.values(dtype).includes("f16");
-  const bound = gradientBounds[halves ? "f16" : "f32"];
+  const bound = gradientBounds[elements(problem)];
   const floor = bound * cancelled * meanSquareRoot(best.keyValue);
   let furthest = { name: "", error: -1 };
   for (const name of tensorNames) {
@@ -106,4 +116,10 @@ function meanSquareRoot(tensor: AnyTensor): number {
   let sum = 0;
   for (const value of values) if (Number.isFinite(value)) sum += value * value;
   return Math.sqrt(sum / Math.max(1, values.length));
+}
+
+/** The coarsest element type of a call. */
+function elements({ dtype }: MlaProblem): "f32" | "f16" {
+  const halves = typeof dtype === "string" ? dtype === "f16" : Object.values(dtype).includes("f16");
+  return halves ? "f16" : "f32";
 }

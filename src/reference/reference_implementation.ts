@@ -25,6 +25,7 @@ const onlyConfig: FlashMLAConfig = {
   subgroups: false,
   expandBlock: 1,
   gradBlock: 1,
+  matrixUnits: false,
   platform: "reference",
   backend: "any",
 };

@@ -132,8 +132,8 @@ export abstract class Kernel<Call, Cfg, Out, Residuals = unknown, Gradients = un
     return Promise.resolve(null);
   }
 
-  /** Compares a candidate's result with the best known one. The default accepts everything. */
-  compare(_candidate: Out, _best: Out): OutputCheck {
+  /** Compares a candidate's result with the best known one of the same call. The default accepts everything. */
+  compare(_candidate: Out, _best: Out, _invocation?: Invocation<Call>): OutputCheck {
     return { ok: true, detail: "not compared" };
   }
 

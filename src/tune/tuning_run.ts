@@ -161,7 +161,7 @@ export class TuningRun<Call, Cfg, Out, Gradients> {
     const start = this.#elapsed();
     try {
       const output = await contender.output();
-      const check = reference && this.#kernel.compare(output, reference.output);
+      const check = reference && this.#kernel.compare(output, reference.output, this.#invocation);
       if (check?.ok === false) {
         contender.reject(`wrong output: ${check.detail}`);
         return reference;

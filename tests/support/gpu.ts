@@ -29,6 +29,7 @@ export const smallConfig: FlashMLAConfig = {
   subgroups: false,
   expandBlock: 32,
   gradBlock: 32,
+  matrixUnits: false,
   platform: "webgpu",
   backend: "gpu",
 };

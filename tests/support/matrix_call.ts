@@ -335,7 +335,7 @@ export class MatrixCall {
     const rows = batch * keyLength;
     const expanded = this.named.get("∂expanded")!;
     const most = this.buffer("maxima", maxima.maximaBytes);
-    const ends = { valuesBase: rows * G * P, valuesEnd: rows * G * (P + V) };
+    const ends = { keysEnd: rows * G * P, valuesBase: rows * G * P, valuesEnd: rows * G * (P + V) };
     await this.step("maxima", maxima.wgsl(), ends, { 1: expanded, 2: most }, maxima.workgroups);
     const latents = this.buffer("∂keyValue", rows * L * 4);
     for (const side of ["keys", "values"] as const) {

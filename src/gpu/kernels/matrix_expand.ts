@@ -197,7 +197,9 @@ fn loadLatents(piece: u32, slice: u32, rowBase: u32) -> vec4<u32> {
   let offset = params.latentBase + row * params.latentRow${
     shape.gapped ? " + (row / params.latentRows) * params.latentGap" : ""
   };
-  return select(vec4<u32>(), ${loadHalves("latent", shape.latent, "offset", "column", "params.L")}, exists);
+  return select(vec4<u32>(), ${
+    loadHalves("latent", shape.latent, "offset", "column", "params.L", unit.native)
+  }, exists);
 }
 
 fn loadWeights(piece: u32, slice: u32, columnBase: u32) -> vec4<u32> {
@@ -208,7 +210,7 @@ fn loadWeights(piece: u32, slice: u32, columnBase: u32) -> vec4<u32> {
   let head = select(0u, column / PADDED, exists);
   let within = select(0u, column % PADDED, exists);
   let offset = params.weightBase + row * params.weightStride + params.firstColumn + head * WIDTH;
-  return select(vec4<u32>(), ${loadHalves("weight", shape.weight, "offset", "within", "WIDTH")}, exists);
+  return select(vec4<u32>(), ${loadHalves("weight", shape.weight, "offset", "within", "WIDTH", unit.native)}, exists);
 }
 
 @compute @workgroup_size(${size})

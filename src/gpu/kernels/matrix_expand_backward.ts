@@ -145,7 +145,7 @@ ${
         "columns",
         "depth",
         rightRow,
-        loadHalves("rightRows", shape.right, "offset", "column", "params.depth"),
+        loadHalves("rightRows", shape.right, "offset", "column", "params.depth", unit.native),
       )
     }`
     : `// Latents of a row that nobody saw may hold anything; where the row was seen, it comes back through ∂K.
@@ -155,7 +155,7 @@ ${
         "depth",
         "rows",
         latentRow,
-        `finiteHalves(${loadHalves("leftRows", shape.left, "offset", "column", "params.rows")})`,
+        `finiteHalves(${loadHalves("leftRows", shape.left, "offset", "column", "params.rows", unit.native)})`,
       )
     }
 

@@ -57,6 +57,7 @@ fn finiteHalves(quad: vec4<u32>) -> vec4<u32> {
  * {@link halfRange} and the matrix unit's `packHalves`; halves that lie in quads pass as they are.
  *
  * @param column First of the eight columns; a multiple of 8, below `width`.
+ * @param native Whether halves may be taken for words: Deno's compiler, which the emulation runs on, cannot.
  */
 export function loadHalves(
   buffer: string,
@@ -64,12 +65,18 @@ export function loadHalves(
   offset: string,
   column: string,
   width: string,
+  native: boolean,
 ): string {
   // Loads stand outside of branches: those inside of one each wait for memory by itself.
   const second = `${column} + 4u < ${width}`;
   if (element === "vec4<f16>") {
     const at = `(${offset} + ${column}) / 4u`;
-    return `vec4<u32>(bitcast<vec2<u32>>(${buffer}[${at}]), select(vec2<u32>(), bitcast<vec2<u32>>(${buffer}[${at} + select(0u, 1u, ${second})]), ${second}))`;
+    const words = (quad: string) =>
+      native
+        ? `bitcast<vec2<u32>>(${quad})`
+        : `vec2<u32>(pack2x16float(vec2<f32>(${quad}.xy)), pack2x16float(vec2<f32>(${quad}.zw)))`;
+    const [low, high] = [`${buffer}[${at}]`, `${buffer}[${at} + select(0u, 1u, ${second})]`];
+    return `vec4<u32>(${words(low)}, select(vec2<u32>(), ${words(high)}, ${second}))`;
   }
   const low = load4(buffer, element, offset, column, width);
   const high = load4(buffer, element, offset, `select(${column}, ${column} + 4u, ${second})`, width);
