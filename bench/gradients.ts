@@ -2,6 +2,7 @@
 //
 //   deno task bench:gradients                     a table for each shape and tile
 //   deno task bench:gradients --f16               tensors of halves
+//   deno task bench:gradients --f16 --matrix      on matrix units (Dawn), and how far that is from the plain kernels
 //   deno task bench:gradients --only="S 4096"     shapes whose name has these words
 //   deno task bench:gradients --tiles=64,128      the tiles to measure
 //   deno task bench:gradients --json              and one JSON object in the last line
@@ -9,20 +10,23 @@
 // FLOPs are those of the operation, of visible (query, key, head) triples only: 2·(2·(P+R) + V) for ∂query and
 // 2·(2·(P+R) + 2·V) for ∂K and ∂V, scores counted in both, as both compute them; 2·rows·L·heads·width for each GEMM.
 
-import { flashMLA, type MlaCall, toHalves } from "../mod.ts";
+import { flashMLA, type FlashMLAConfig, type MlaCall, openDevice, toFloats, toHalves } from "../mod.ts";
 import { allocateSums, backwardPieces, preparePiece } from "../src/gpu/backward_call.ts";
 import { whyBackwardInvalid } from "../src/gpu/backward_plan.ts";
 import { ownCall } from "../src/gpu/call_memory.ts";
 import { gpuContext } from "../src/gpu/device.ts";
+import { subgroupMatrixFeature } from "../src/gpu/request_device.ts";
 import { clockProbe, timingMethod } from "../src/gpu/timing.ts";
 import { webgpuTarget } from "../src/gpu/webgpu_implementation.ts";
-import { mapTensors, type MlaProblem } from "../src/op/mla_problem.ts";
+import { mapTensors, type MlaInputs, type MlaProblem } from "../src/op/mla_problem.ts";
 import { segments, visibleKeys } from "../src/op/segments.ts";
-import type { HostTensor, Tensor } from "../src/op/tensor.ts";
+import type { AnyTensor, HostTensor, Tensor } from "../src/op/tensor.ts";
+import { relL2 } from "../tests/support/metrics.ts";
 import { tuningGradOutput } from "../src/op/tuning_grad_output.ts";
 import { attentionShapes, benchInputs, type BenchShape } from "./shapes.ts";
 
-const context = await gpuContext();
+const matrix = Deno.args.includes("--matrix");
+const context = await gpuContext(matrix ? await openDevice({ features: [subgroupMatrixFeature] }) : undefined);
 const quick = context.capabilities.software;
 const argument = (name: string) => Deno.args.find((given) => given.startsWith(`--${name}=`))?.slice(name.length + 3);
 const half = Deno.args.includes("--f16");
@@ -76,22 +80,44 @@ async function warmUp(time: Timed, repeats: number): Promise<void> {
   }
 }
 
-/** Median milliseconds at a steady clock. */
-async function measure(time: Timed): Promise<number> {
+/** Median milliseconds at a steady clock, and how far the samples lie apart, relative to it. */
+async function measure(time: Timed): Promise<[ms: number, spread: number]> {
   await time(1);
   const repeats = Math.max(1, Math.ceil((quick ? 1 : 40) / await time(1)));
   await warmUp(time, repeats);
   const samples: number[] = [];
   for (let i = 0; i < (quick ? 3 : 9); i++) samples.push(await time(repeats) / repeats);
-  return samples.sort((a, b) => a - b)[Math.floor(samples.length / 2)];
+  samples.sort((a, b) => a - b);
+  const median = samples[Math.floor(samples.length / 2)];
+  return [median, (samples[samples.length - 1] - samples[0]) / median];
+}
+
+/** relL2 of output and gradients under one configuration from those under another. */
+async function distances(
+  problem: MlaProblem,
+  inputs: MlaInputs,
+  cfgs: readonly FlashMLAConfig[],
+  gradOutput: AnyTensor,
+): Promise<Record<string, number>> {
+  const target = webgpuTarget(context);
+  const [got, expected] = await Promise.all(cfgs.map(async (cfg) => {
+    const saved = await target.runWithLse(problem, inputs, cfg);
+    return { output: saved.output, ...await target.backward(problem, inputs, cfg, saved, gradOutput) };
+  })) as Record<string, HostTensor>[];
+  const of = (name: string) => relL2(toFloats(got[name]).data, toFloats(expected[name]).data);
+  return Object.fromEntries(Object.keys(got).map((name) => [name, of(name)]));
 }
 
 interface Row {
   readonly shape: string;
   readonly gradBlock: number;
   readonly compileMs: number;
+  readonly forwardMs: number;
   readonly forwardAndBackwardMs: number;
+  readonly spread: number;
   readonly backwardMs: number;
+  /** relL2 from the plain kernels, on matrix units. */
+  readonly distances: Readonly<Record<string, number>>;
   readonly kernels: Readonly<Record<string, { readonly ms: number; readonly tflops: number | null }>>;
 }
 
@@ -121,16 +147,23 @@ async function row(shape: BenchShape, gradBlock: number): Promise<Row | null> {
   const flops = flopsOf(problem);
   const kernels: Record<string, { ms: number; tflops: number | null }> = {};
   for (const name of prepared.kernelNames) {
-    const ms = await measure((repeats) => prepared.time(repeats, [name]));
+    const [ms] = await measure((repeats) => prepared.time(repeats, [name]));
     kernels[name] = { ms, tflops: flops[name] === undefined ? null : flops[name] / ms / 1e9 };
   }
-  const backwardMs = await measure((repeats) => prepared.time(repeats));
+  const [backwardMs] = await measure((repeats) => prepared.time(repeats));
   dispose();
   mapTensors(gradients, (sum) => (sum.dispose(), sum));
   const trial = await target.trial(problem, inputs, cfg, { backward: true });
-  const forwardAndBackwardMs = await measure((repeats) => trial.time(repeats));
+  const [forwardAndBackwardMs, spread] = await measure((repeats) => trial.time(repeats));
   trial.dispose();
-  return { shape: shape.name, gradBlock, compileMs, forwardAndBackwardMs, backwardMs, kernels };
+  const forward = await target.trial(problem, inputs, cfg);
+  const [forwardMs] = await measure((repeats) => forward.time(repeats));
+  forward.dispose();
+  const plain = target.candidateCfgs(problem).find(({ matrixUnits }) => !matrixUnits)!;
+  return {
+    ...{ shape: shape.name, gradBlock, compileMs, forwardMs, forwardAndBackwardMs, spread, backwardMs, kernels },
+    distances: cfg.matrixUnits ? await distances(problem, inputs, [cfg, plain], gradOutput) : {},
+  };
 }
 
 const rows: Row[] = [];
@@ -139,11 +172,16 @@ for (const shape of attentionShapes(quick).filter(({ name }) => name.includes(on
     const measured = await row(shape, gradBlock);
     if (measured === null) continue;
     rows.push(measured);
-    const { compileMs, backwardMs, forwardAndBackwardMs, kernels } = measured;
+    const { compileMs, forwardMs, backwardMs, forwardAndBackwardMs, spread, kernels, distances } = measured;
     console.log(
-      `\n${shape.name}, tile ${gradBlock}: backward ${backwardMs.toFixed(3)} ms, forward and backward ` +
-        `${forwardAndBackwardMs.toFixed(3)} ms, compiled in ${(compileMs / 1000).toFixed(1)} s`,
+      `\n${shape.name}, tile ${gradBlock}: forward ${forwardMs.toFixed(3)} ms, backward ${backwardMs.toFixed(3)} ms, ` +
+        `forward and backward ${forwardAndBackwardMs.toFixed(3)} ms (spread ${
+          (spread * 100).toFixed(1)
+        } %), backward ` +
+        `compiled in ${(compileMs / 1000).toFixed(1)} s`,
     );
+    const apart = Object.entries(distances).map(([name, distance]) => `${name} ${distance.toExponential(1)}`);
+    if (apart.length > 0) console.log(`  relL2 from the plain kernels: ${apart.join(", ")}`);
     for (const [name, { ms, tflops }] of Object.entries(kernels)) {
       console.log(`  ${name.padEnd(20)} ${ms.toFixed(3).padStart(9)} ms ${tflops?.toFixed(1).padStart(8) ?? ""}`);
     }
