@@ -1,6 +1,7 @@
 // Largest magnitudes of ∂K and ∂V.
 struct Params {
-  valuesBase: u32, // elements from the first of ∂K to the first of ∂V …
+  keysEnd: u32,    // elements from the first of ∂K to one past its last …
+  valuesBase: u32, // … to the first of ∂V …
   valuesEnd: u32,  // … and to one past the last of ∂V
 }
 
@@ -12,7 +13,7 @@ var<workgroup> most: array<f32, 256>;
 
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) t: u32) {
-  let end = select(params.valuesBase, params.valuesEnd, workgroup.y == 1u);
+  let end = select(params.keysEnd, params.valuesEnd, workgroup.y == 1u);
   let first = select(0u, params.valuesBase, workgroup.y == 1u) + workgroup.x * 256u + t;
   var own = 0.0;
   for (var i = first; i < end; i += 65536u) {

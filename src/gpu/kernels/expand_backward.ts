@@ -58,6 +58,29 @@ export function wordsOf({ sizes, firstTile, left, right, gradient, accumulate }:
   return [...sizes, firstTile, ...left, ...right, ...gradient, Number(accumulate)];
 }
 
+/** WGSL of `put`, which adds four neighbours to the gradient or stores them. */
+export function storeGradient(shape: Pick<ExpandBackwardShape, "gradient">): string {
+  return `fn put(row: u32, column: u32, value: vec4<f32>) {
+  if (row >= params.rows) { return; }
+  let offset = params.gradientBase + row * params.gradientRow;
+${
+    shape.gradient === "vec4<f32>"
+      ? `  if (column >= params.columns) { return; }
+  let at = (offset + column) / 4u;
+  var sum = value;
+  if (params.accumulate != 0u) { sum += gradient[at]; }
+  gradient[at] = sum;`
+      : `  for (var i = 0u; i < 4u; i += 1u) {
+    if (column + i >= params.columns) { return; }
+    let at = offset + column + i;
+    var sum = value[i];
+    if (params.accumulate != 0u) { sum += gradient[at]; }
+    gradient[at] = sum;
+  }`
+  }
+}`;
+}
+
 /** The kernel's source. */
 export function wgsl(which: ExpandGradient, tile: ExpandTile, shape: ExpandBackwardShape): string {
   const { blockM, blockN, threadRows, threadColumns, depth, numStages } = tile;
@@ -177,25 +200,7 @@ var<workgroup> right: array<array<array<vec4<f32>, ${stagedStride(blockN)}>, ${d
 
 ${loads}
 
-fn put(row: u32, column: u32, value: vec4<f32>) {
-  if (row >= params.rows) { return; }
-  let offset = params.gradientBase + row * params.gradientRow;
-${
-    shape.gradient === "vec4<f32>"
-      ? `  if (column >= params.columns) { return; }
-  let at = (offset + column) / 4u;
-  var sum = value;
-  if (params.accumulate != 0u) { sum += gradient[at]; }
-  gradient[at] = sum;`
-      : `  for (var i = 0u; i < 4u; i += 1u) {
-    if (column + i >= params.columns) { return; }
-    let at = offset + column + i;
-    var sum = value[i];
-    if (params.accumulate != 0u) { sum += gradient[at]; }
-    gradient[at] = sum;
-  }`
-  }
-}
+${storeGradient(shape)}
 
 @compute @workgroup_size(${size})
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) t: u32) {

@@ -20,7 +20,7 @@ import {
   memoryBytes,
   subgroupSize,
 } from "./matrix_unit.ts";
-import type { ExpandBackwardShape, ExpandGradient } from "./expand_backward.ts";
+import { type ExpandBackwardShape, type ExpandGradient, storeGradient } from "./expand_backward.ts";
 import { indent, unroll } from "./register_tile.ts";
 import { load4, storageDirectives, type StorageElement } from "./storage_element.ts";
 
@@ -199,25 +199,7 @@ ${halfRange}
 
 ${loads}
 
-fn put(row: u32, column: u32, value: vec4<f32>) {
-  if (row >= params.rows) { return; }
-  let offset = params.gradientBase + row * params.gradientRow;
-${
-    shape.gradient === "vec4<f32>"
-      ? `  if (column >= params.columns) { return; }
-  let at = (offset + column) / 4u;
-  var sum = value;
-  if (params.accumulate != 0u) { sum += gradient[at]; }
-  gradient[at] = sum;`
-      : `  for (var i = 0u; i < 4u; i += 1u) {
-    if (column + i >= params.columns) { return; }
-    let at = offset + column + i;
-    var sum = value[i];
-    if (params.accumulate != 0u) { sum += gradient[at]; }
-    gradient[at] = sum;
-  }`
-  }
-}
+${storeGradient(shape)}
 
 @compute @workgroup_size(${size})
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) t: u32) {
