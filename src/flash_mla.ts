@@ -87,6 +87,11 @@ export class FlashMLA extends Kernel<MlaCall, FlashMLAConfig, AnyTensor, Attenti
     return true;
   }
 
+  /** Adapters that run on the CPU compile the gradients' kernels for half a minute and more. */
+  override tunesBackward(invocation: Invocation<MlaCall>): boolean {
+    return prepared(invocation).target.software !== true;
+  }
+
   /**
    * The implementation that a configuration is for.
    *

@@ -220,6 +220,16 @@ describe("Executor.vjp()", () => {
     assertEquals([kernel.did("forward"), kernel.did("backward"), kernel.did("run")], [[4], [4, 4], []]);
   });
 
+  test("tunes backward where others are tuned forward only, since gradients are slow to compile", async () => {
+    const { executor: runs, kernel } = executor();
+    kernel.tunesBackward = () => false;
+    assertEquals((await runs.choose(kernel, call)).cfg, { tile: 1 });
+    assertEquals([...kernel.did("differentiate"), ...kernel.did("gradients")], []);
+    const { vjp } = await runs.vjp(kernel, call);
+    await vjp(1);
+    assertEquals(kernel.did("backward"), [4]);
+  });
+
   test("runs under an explicit configuration", async () => {
     const { executor: runs, kernel } = executor();
     const { vjp } = await runs.vjp(kernel, call, { cfg: { tile: 3 } });

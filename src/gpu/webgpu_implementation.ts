@@ -69,6 +69,10 @@ class WebGpuTarget implements MlaTarget {
     return `${adapter}, ${engine}`;
   }
 
+  get software(): boolean {
+    return this.#context.capabilities.software;
+  }
+
   get fingerprint(): string {
     return deviceFingerprint(this.#context.capabilities);
   }

@@ -45,6 +45,8 @@ export interface MlaTarget {
   readonly platform: Platform;
   /** The device in a person's words. */
   readonly description: string;
+  /** Whether it is an adapter that runs on the CPU, where compiling takes longest. */
+  readonly software?: boolean;
   /** One line that two targets share exactly when they may share measured configurations. */
   readonly fingerprint: string;
   /** Why a configuration cannot run a problem here, naming the limit and the value; null when it can. */

@@ -83,7 +83,7 @@ export class Executor<Call, Cfg, Out> {
     call: Call,
     options: ExecuteOptions<Cfg> = {},
   ): Promise<Differentiated<Out, Residuals, Gradients>> {
-    const { invocation, choice } = await this.prepare(kernel, call, options);
+    const { invocation, choice } = await this.#prepare(kernel, call, options, true);
     const { output, residuals } = await kernel.fwdWithResiduals(invocation, choice.cfg);
     const { op } = invocation;
     // The only reference from here on: without it the call's tensors can be collected.
@@ -167,10 +167,21 @@ export class Executor<Call, Cfg, Out> {
     call: Call,
     options: ExecuteOptions<Cfg> = {},
   ): Promise<{ readonly invocation: Invocation<Call>; readonly choice: Choice<Cfg> }> {
+    return await this.#prepare(kernel, call, options, false);
+  }
+
+  async #prepare(
+    kernel: Kernel<Call, Cfg, Out>,
+    call: Call,
+    options: ExecuteOptions<Cfg>,
+    asksForGradients: boolean,
+  ): Promise<{ readonly invocation: Invocation<Call>; readonly choice: Choice<Cfg> }> {
     // Read before anything is awaited: a scope may close while the call is being prepared.
-    const policy = this.chain.policy;
+    const inForce = this.chain.policy;
     const overlays = openOverlays();
     const invocation = await kernel.prepare(call);
+    const backward = asksForGradients || kernel.tunesBackward(invocation);
+    const policy = { ...inForce, validateBackward: inForce.validateBackward && backward };
     return { invocation, choice: await this.chain.choose(invocation, kernel, { ...options, policy, overlays }) };
   }
 }

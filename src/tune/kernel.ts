@@ -82,6 +82,14 @@ export abstract class Kernel<Call, Cfg, Out, Residuals = unknown, Gradients = un
   }
 
   /**
+   * Whether calls that ask for no gradients are tuned backward, too, where the policy says so. Not worth it where compiling
+   * takes longest: they are tuned forward only there. The default is that they are.
+   */
+  tunesBackward(_invocation: Invocation<Call>): boolean {
+    return true;
+  }
+
+  /**
    * Runs the operation and keeps what its gradients need.
    *
    * @param invocation A prepared call.

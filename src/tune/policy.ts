@@ -14,7 +14,8 @@ export interface AutotunePolicy {
   readonly cacheMissFallback: "autotune" | "heuristics";
   /**
    * Whether candidates of an operation that has gradients are timed forward and backward, and rejected when their gradients
-   * are wrong. Turn it off where there is no training: what wins is kept apart from what won with it. Default `true`.
+   * are wrong. Turn it off where there is no training: what wins is kept apart from what won with it. On adapters that run
+   * on the CPU, where compiling takes longest, calls that ask for no gradients do without in any case. Default `true`.
    */
   readonly validateBackward: boolean;
 }
