@@ -103,6 +103,13 @@ describe("options on the GPU", { skip }, () => {
     await attendsLike(oracle)(attention, { runs: 14, tolerance: 1e-5, absolute: 2e-6, limits });
   });
 
+  test("agree with the oracle on random problems in halves", async () => {
+    await testContext();
+    const exact: AttentionWithLse = (inputs, options) => oracle(rounded(inputs, "f16"), options);
+    // A hundred-thousandth of log-sum-exps near zero is less than their scores are rounded by.
+    await attendsLike(exact)(attentionOn("host", "f16"), { runs: 5, tolerance: 3e-3, absolute: 1e-4, limits, seed: 3 });
+  });
+
   const costly = /NaN|nothing visible|packed|decides every pair|split keys|lowest/;
   describe("keep what is true of them", () => {
     for (const { name, check } of [...optionProperties, ...lseProperties].filter(({ name }) => costly.test(name))) {
