@@ -14,11 +14,9 @@ import type { AnyTensor, Tensor } from "../src/op/tensor.ts";
 import { referenceMlaAttentionWithLse } from "../src/reference/mla_attention.ts";
 import { referenceMlaAttentionBackward } from "../src/reference/mla_attention_backward.ts";
 import { rounded } from "./support/dtype_attention.ts";
-import { skip as noGpu, smallConfig, testContext } from "./support/gpu.ts";
+import { skipEmulation as skip, smallConfig, testContext } from "./support/gpu.ts";
 import { assertClose } from "./support/metrics.ts";
 import { type MlaCall, normals, randomTensor } from "./support/random_problem.ts";
-
-const skip = noGpu || ((await testContext()).capabilities.f16 ? false : "the device has no half precision");
 
 /** A device with matrix units, where there is one. */
 const native = skip === false

@@ -7,7 +7,7 @@ import { type HostInputs, mlaProblem } from "../src/op/mla_problem.ts";
 import type { MlaMathOptions } from "../src/op/mla_problem.ts";
 import type { MaskTensor, Tensor } from "../src/op/tensor.ts";
 import { referenceMlaAttentionBackward } from "../src/reference/mla_attention_backward.ts";
-import { skip, testContext } from "./support/gpu.ts";
+import { skipEmulation as skip, testContext } from "./support/gpu.ts";
 import { MatrixCall, type MatrixSetup } from "./support/matrix_call.ts";
 import { relL2 } from "./support/metrics.ts";
 import { normals, randomTensor } from "./support/random_problem.ts";

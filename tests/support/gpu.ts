@@ -9,6 +9,16 @@ import type { Attention } from "./attention_properties.ts";
 /** The reason why GPU tests cannot run here, or false. */
 export const skip: string | false = await gpuContext().then(() => false, (error: Error) => error.message);
 
+/**
+ * The reason why emulated matrix units are not tested here, or false. The emulation is plain WGSL, the same on every engine:
+ * a software adapter, which compiles it for minutes, does so for one of them.
+ */
+export const skipEmulation: string | false = skip || await gpuContext().then(({ capabilities }) => {
+  if (!capabilities.f16) return "the device has no half precision";
+  const again = capabilities.software && capabilities.engine.startsWith("Dawn");
+  return again ? "emulated matrix units are tested on the runtime's own WebGPU where the adapter is software" : false;
+});
+
 /** The context of the process's own device. Every buffer that it lends starts out full of NaN. */
 export async function testContext(): Promise<GpuContext> {
   const context = await gpuContext();
