@@ -2,7 +2,7 @@ import { checkOneDevice, type GpuAttentionState, mergeOnGpu } from "./gpu/merge_
 import type { AttentionState, LseLike } from "./op/attention_state.ts";
 import { FlashMLAError } from "./op/errors.ts";
 import { toFloats, toHalves } from "./op/half.ts";
-import { checkSinks } from "./op/mla_problem.ts";
+import { checkSinks } from "./op/score_options.ts";
 import { type AnyTensor, checkTensor, dtypeOf, type HostTensor, isGpuTensor, kindOf } from "./op/tensor.ts";
 import type { ResultLike } from "./op/tensor.ts";
 import { referenceMergeAttentionStates } from "./reference/merge_attention_states.ts";

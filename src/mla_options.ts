@@ -2,11 +2,11 @@
 
 import type { MlaExecutor } from "./flash_mla.ts";
 import type { FlashMLAConfig } from "./op/config.ts";
-import { FlashMLAError } from "./op/errors.ts";
+import { cannotRun } from "./op/errors.ts";
 import type { MlaEvent } from "./op/mla_event.ts";
 import { type MlaInputs, type MlaMathOptions, tensorNames } from "./op/mla_problem.ts";
 import type { Platform } from "./op/platform.ts";
-import { type AnyTensor, type GpuMaskTensor, type GpuTensor, isGpuMask, isGpuTensor, kindOf } from "./op/tensor.ts";
+import { type AnyMask, type AnyTensor, type GpuMaskTensor, type GpuTensor, isGpuTensor, kindOf } from "./op/tensor.ts";
 
 /** The options of one call. */
 export interface MlaOptions extends MlaMathOptions {
@@ -38,32 +38,29 @@ const knownOptions = [
 
 /** Throws when an option is unknown or of the wrong kind. */
 export function checkOptions(options: MlaOptions): void {
-  const refuse = (why: string) => {
-    throw new FlashMLAError("invalid-input", `Cannot run MLA: ${why}`);
-  };
   for (const name of Object.keys(options)) {
-    if (!knownOptions.includes(name)) refuse(`unknown option "${name}"; known are ${knownOptions.join(", ")}`);
+    if (!knownOptions.includes(name)) cannotRun(`unknown option "${name}"; known are ${knownOptions.join(", ")}`);
   }
   const { device, cfg, onEvent } = options;
   if (onEvent !== undefined && typeof onEvent !== "function") {
-    refuse(`onEvent must be a function, got ${kindOf(onEvent)}`);
+    cannotRun(`onEvent must be a function, got ${kindOf(onEvent)}`);
   }
   if (device !== undefined && typeof device?.createBuffer !== "function") {
-    refuse(`device must be a GPUDevice, got ${kindOf(device)}`);
+    cannotRun(`device must be a GPUDevice, got ${kindOf(device)}`);
   }
   if (cfg !== undefined && (typeof cfg !== "object" || cfg === null)) {
-    refuse(`cfg must be a FlashMLAConfig, got ${kindOf(cfg)}`);
+    cannotRun(`cfg must be a FlashMLAConfig, got ${kindOf(cfg)}`);
   }
 }
 
 /** The tensors of a call that lie on a GPU, by name: among the inputs, which hold those of the options too, and `out`. */
 export function gpuTensors(inputs: MlaInputs, out?: AnyTensor): [name: string, tensor: GpuTensor | GpuMaskTensor][] {
   const found: [name: string, tensor: GpuTensor | GpuMaskTensor][] = [];
-  for (const [name, tensor] of [...tensorNames.map((name) => [name, inputs[name]] as const), ["out", out] as const]) {
-    if (tensor !== undefined && isGpuTensor(tensor)) found.push([name, tensor]);
+  const given = { ...inputs, out };
+  for (const name of [...tensorNames, "out", "attentionMask"] as const) {
+    const tensor = given[name];
+    if (tensor !== undefined && isGpuTensor<AnyTensor | AnyMask>(tensor)) found.push([name, tensor]);
   }
-  const { attentionMask } = inputs;
-  if (attentionMask !== undefined && isGpuMask(attentionMask)) found.push(["attentionMask", attentionMask]);
   return found;
 }
 
@@ -73,7 +70,7 @@ export function deviceOf(inputs: MlaInputs, { device, out }: MlaCallOptions): GP
   for (const [name, tensor] of gpuTensors(inputs, out)) {
     if (tensor.device === undefined) continue;
     if (found !== undefined && tensor.device !== found) {
-      throw new FlashMLAError("invalid-input", `Cannot run MLA: ${name} lies on another device than ${owner}`);
+      cannotRun(`${name} lies on another device than ${owner}`);
     }
     [owner, found] = [name, tensor.device];
   }

@@ -9,9 +9,9 @@ import {
   type MlaMathOptions,
   mlaProblem,
   outputShape,
-  sinksPerHead,
   snapshot,
 } from "../src/op/mla_problem.ts";
+import { sinksPerHead } from "../src/op/score_options.ts";
 import { type AnyMask, elementCount, type MaskTensor, type Tensor, tensor } from "../src/op/tensor.ts";
 
 /** Zeros of a shape. */

@@ -2,7 +2,7 @@
 
 import { FlashMLAError } from "../op/errors.ts";
 import { toFloats } from "../op/half.ts";
-import { sinksPerHead } from "../op/mla_problem.ts";
+import { sinksPerHead } from "../op/score_options.ts";
 import {
   type AnyTensor,
   denseStrides,

@@ -5,10 +5,10 @@ import {
   type MlaInputs,
   type MlaProblem,
   outputShape,
-  sinksPerHead,
   type TensorName,
   tensorNames,
 } from "../op/mla_problem.ts";
+import { sinksPerHead } from "../op/score_options.ts";
 import {
   type AnyMask,
   type AnyTensor,
@@ -17,7 +17,6 @@ import {
   elementBytes,
   type GpuMaskTensor,
   type GpuTensor,
-  isGpuMask,
   isGpuTensor,
 } from "../op/tensor.ts";
 
@@ -165,7 +164,7 @@ export function backwardLayouts(
 /** A mask's layout as if it were an ordinary tensor of four axes. */
 function maskLayout(mask: AnyMask): OperandLayout {
   const { shape } = mask;
-  if (!isGpuMask(mask)) return { dtype: "u8", resident: false, offset: 0, ...axes(shape, denseStrides(shape)) };
+  if (!isGpuTensor(mask)) return { dtype: "u8", resident: false, offset: 0, ...axes(shape, denseStrides(shape)) };
   const { offset = 0, strides = denseStrides(shape) } = mask;
   return { dtype: "u8", resident: true, offset, ...axes(shape, strides) };
 }

@@ -12,7 +12,6 @@ import {
   elementCount,
   type GpuTensor,
   type HostTensor,
-  isGpuMask,
   isGpuTensor,
 } from "../op/tensor.ts";
 import { type GpuContext, unlessLost } from "./device.ts";
@@ -198,7 +197,7 @@ export class ResidentCall {
 
   /** A mask's bytes on the GPU, padded to whole words. */
   #mask(mask: AnyMask): GPUBuffer {
-    if (isGpuMask(mask)) return mask.buffer;
+    if (isGpuTensor(mask)) return mask.buffer;
     const words = new Uint8Array(Math.max(emptyBinding, Math.ceil(mask.data.length / 4) * 4));
     words.set(mask.data);
     const buffer = this.#borrow(words.byteLength);

@@ -34,3 +34,8 @@ export class FlashMLAError extends Error {
     this.code = code;
   }
 }
+
+/** Refuses a call for its input, saying why. */
+export function cannotRun(why: string): never {
+  throw new FlashMLAError("invalid-input", `Cannot run MLA: ${why}`);
+}

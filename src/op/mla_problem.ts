@@ -1,16 +1,15 @@
 import type { Dropout, DropoutOptions } from "./dropout.ts";
-import { FlashMLAError } from "./errors.ts";
+import { cannotRun as fail } from "./errors.ts";
 import { toFloats } from "./half.ts";
+import { checkDropout, checkScoreTerm, checkSinks, checkSoftCap, checkWindow } from "./score_options.ts";
 import {
   type AnyMask,
   type AnyTensor,
-  checkMask,
   checkTensor,
   denseStrides,
   type DType,
   dtypeOf,
   type HostTensor,
-  isGpuMask,
   isGpuTensor,
   kindOf,
   overlaps,
@@ -52,9 +51,6 @@ export type HostInputs = MlaInputs<Tensor>;
 
 /** The name of a tensor of numbers among the inputs. */
 export type TensorName = "query" | "keyValue" | "wKc" | "wVc" | "bQ" | "bK" | "bias" | "softmaxAux";
-
-/** A bias at or below this hides its key, as minus infinity does: programs mask with the lowest float32, too. */
-export const hidingBias = -2e38;
 
 /** The names of the tensors of numbers among the inputs: those that have gradients. */
 export const tensorNames: readonly TensorName[] = [
@@ -289,31 +285,15 @@ export function snapshot(inputs: MlaInputs): MlaInputs {
   const { attentionMask, cuSeqlens, ...held } = mapTensors(inputs, holdTensor);
   return {
     ...held,
-    ...(attentionMask && held.bias === undefined && { attentionMask: holdMask(attentionMask) }),
+    ...(attentionMask && held.bias === undefined && { attentionMask: holdTensor(attentionMask) }),
     ...(cuSeqlens && { cuSeqlens: Array.from(cuSeqlens) }),
   };
 }
 
-/** A mask as it is now, over the same memory. */
-function holdMask(mask: AnyMask): AnyMask {
-  if (!isGpuMask(mask)) return { data: mask.data, shape: [...mask.shape] };
-  const { buffer, shape, dtype, offset, strides, device } = mask;
-  return {
-    buffer,
-    shape: [...shape],
-    dtype,
-    offset,
-    strides: strides && [...strides],
-    device,
-    get disposed() {
-      return mask.disposed;
-    },
-  };
-}
-
-/** A tensor as it is now, over the same memory. */
-export function holdTensor(tensor: AnyTensor): AnyTensor {
-  if ("data" in tensor) return { data: tensor.data, shape: [...tensor.shape], dtype: tensor.dtype } as HostTensor;
+/** A tensor or mask as it is now, over the same memory. */
+export function holdTensor<T extends AnyTensor | AnyMask>(tensor: T): T;
+export function holdTensor(tensor: AnyTensor | AnyMask): AnyTensor | AnyMask {
+  if (!isGpuTensor(tensor)) return { data: tensor.data, shape: [...tensor.shape], dtype: tensor.dtype } as HostTensor;
   const { buffer, shape, dtype, offset, strides, device } = tensor;
   return {
     buffer,
@@ -325,7 +305,7 @@ export function holdTensor(tensor: AnyTensor): AnyTensor {
     get disposed() {
       return tensor.disposed;
     },
-  };
+  } as AnyTensor | AnyMask;
 }
 
 /**
@@ -335,7 +315,7 @@ export function holdTensor(tensor: AnyTensor): AnyTensor {
  */
 export function floatInputs(inputs: MlaInputs): HostInputs {
   const { attentionMask } = inputs;
-  if (attentionMask !== undefined && isGpuMask(attentionMask)) {
+  if (attentionMask !== undefined && isGpuTensor(attentionMask)) {
     fail('attentionMask lies on a GPU, the reference computes on the host: pass a Uint8Array, or platform "webgpu"');
   }
   return mapTensors(inputs, (tensor, name) => {
@@ -367,85 +347,6 @@ export function outputShape(problem: MlaProblem): number[] {
 /** The shape of the log-sum-exp, `[batch, queryHeads, queryLength]`. */
 export function lseShape({ batch, queryHeads, queryLength }: MlaProblem): number[] {
   return [batch, queryHeads, queryLength];
-}
-
-function checkScoreTerm(
-  name: "bias" | "attentionMask",
-  value: AnyTensor | AnyMask,
-  scores: Pick<MlaProblem, "batch" | "queryHeads" | "queryLength" | "keyLength">,
-): void {
-  if (name === "bias") checkTensor(name, value as AnyTensor);
-  else checkMask(name, value as AnyMask);
-  const { batch, queryHeads, queryLength, keyLength } = scores;
-  const { shape } = value;
-  const fits = shape.length === 4 && [1, batch].includes(shape[0]) && [1, queryHeads].includes(shape[1]) &&
-    shape[2] === queryLength && shape[3] === keyLength;
-  if (fits) return;
-  const or1 = (n: number) => n === 1 ? "1" : `1 or ${n}`;
-  fail(
-    `${name} has shape [${shape.join(", ")}], expected [batch ${or1(batch)}, queryHeads ${or1(queryHeads)}, ` +
-      `queryLength ${queryLength}, keyLength ${keyLength}]`,
-  );
-}
-
-/** The sinks of each head; `refuse` throws, saying what is wrong with the tensor. */
-export function checkSinks(
-  softmaxAux: AnyTensor,
-  queryHeads: number,
-  refuse: (why: string) => never = fail,
-): number {
-  checkTensor("softmaxAux", softmaxAux);
-  const { shape } = softmaxAux;
-  const [first, last] = [shape[0], shape[shape.length - 1]];
-  if (shape.length === 1) return first === queryHeads ? 1 : first;
-  if (shape.length === 2 && [1, queryHeads].includes(first)) return last;
-  return refuse(
-    `softmaxAux has shape [${shape.join(", ")}], expected [n] shared by all heads, [${queryHeads}] one per head, ` +
-      `[${queryHeads}, n] or [1, n]`,
-  );
-}
-
-/** Whether every head has sinks of its own; otherwise all heads share them. */
-export function sinksPerHead(shape: readonly number[], queryHeads: number): boolean {
-  return shape[0] === queryHeads && (shape.length === 2 || queryHeads !== 1);
-}
-
-function checkSoftCap(cap: number | undefined): number | null {
-  if (cap === undefined) return null;
-  if (typeof cap === "number" && cap > 0 && Number.isFinite(Math.fround(cap)) && Math.fround(cap) > 0) return cap;
-  return fail(`logitsSoftCap must be a finite float32 number above 0, got ${kindOf(cap)}`);
-}
-
-function checkWindow(window: MlaMathOptions["slidingWindow"]): MlaProblem["slidingWindow"] {
-  if (window === undefined) return null;
-  if (typeof window === "number") {
-    if (Number.isSafeInteger(window) && window > 0) return [window, window];
-    return fail(`slidingWindow must be a whole number above 0 or a pair [left, right], got ${window}`);
-  }
-  if (!Array.isArray(window) || window.length !== 2) {
-    return fail(`slidingWindow must be a whole number above 0 or a pair [left, right], got ${kindOf(window)}`);
-  }
-  for (const side of window) {
-    if (!Number.isSafeInteger(side) || side < 0) {
-      fail(`slidingWindow [${window.map(kindOf).join(", ")}] must hold whole numbers from 0`);
-    }
-  }
-  return [window[0], window[1]];
-}
-
-function checkDropout(dropout: DropoutOptions | undefined): Dropout | null {
-  if (dropout === undefined) return null;
-  if (typeof dropout !== "object" || dropout === null) {
-    fail(`dropout must be { rate, seed }, got ${kindOf(dropout)}`);
-  }
-  const { rate, seed } = dropout;
-  if (typeof rate !== "number" || !(rate >= 0 && rate < 1)) {
-    fail(`dropout.rate must be from 0 up to but not including 1, got ${kindOf(rate)}`);
-  }
-  if (!Number.isSafeInteger(seed) || seed < 0) {
-    fail(`dropout.seed must be a whole number from 0 to 2^53 - 1, got ${kindOf(seed)}`);
-  }
-  return rate === 0 ? null : { rate, seed, firstItem: 0, firstPosition: 0 };
 }
 
 function checkCuSeqlens(
@@ -494,8 +395,4 @@ function checkShape(name: string, value: AnyTensor, axes: readonly string[]): vo
 
 function same(name: string, what: string, got: number, otherName: string, expected: number): void {
   if (got !== expected) fail(`${name} has ${what} ${got}, ${otherName} has ${expected}`);
-}
-
-function fail(why: string): never {
-  throw new FlashMLAError("invalid-input", `Cannot run MLA: ${why}`);
 }

@@ -1,9 +1,9 @@
 // What gradients are computed from stays as it was: the output and the log-sum-exp of the run, beside its inputs.
 
 import type { AttentionState } from "./attention_state.ts";
-import { FlashMLAError } from "./errors.ts";
+import { cannotRun, FlashMLAError } from "./errors.ts";
 import { type MlaInputs, tensorNames } from "./mla_problem.ts";
-import { type AnyMask, type AnyTensor, type HostTensor, isGpuMask, isGpuTensor } from "./tensor.ts";
+import { type AnyMask, type AnyTensor, type HostTensor, isGpuTensor } from "./tensor.ts";
 
 /** A run's results as gradients need them: copied where they lie on the host, the caller's own on a GPU. */
 export function residualsOf({ output, lse }: AttentionState): AttentionState {
@@ -25,8 +25,7 @@ export function checkApart(inputs: MlaInputs, out: AnyTensor): void {
   for (const name of [...tensorNames, "attentionMask"] as const) {
     const tensor = inputs[name];
     if (tensor === undefined || !shareMemory(tensor, out)) continue;
-    const why = `out lies in the memory of ${name}, which gradients are computed from; give it memory of its own`;
-    throw new FlashMLAError("invalid-input", `Cannot run MLA: ${why}`);
+    cannotRun(`out lies in the memory of ${name}, which gradients are computed from; give it memory of its own`);
   }
 }
 
@@ -46,7 +45,7 @@ export function checkStillThere(inputs: MlaInputs, { output, lse }: AttentionSta
 
 function shareMemory(a: AnyTensor | AnyMask, b: AnyTensor): boolean {
   if (isGpuTensor(b)) return "buffer" in a && a.buffer === b.buffer;
-  if (isGpuTensor(a as AnyTensor) || isGpuMask(a as AnyMask)) return false;
+  if (isGpuTensor(a)) return false;
   const [first, second] = [(a as HostTensor).data as Uint8Array, b.data as Uint8Array];
   if (first.buffer !== second.buffer) return false;
   const end = (view: Uint8Array) => view.byteOffset + view.byteLength;

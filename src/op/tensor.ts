@@ -200,13 +200,10 @@ export function dtypeOf(tensor: AnyTensor): DType {
   return tensor.dtype ?? "f32";
 }
 
-/** Whether a tensor lies on a GPU. */
-export function isGpuTensor(value: AnyTensor): value is GpuTensor {
-  return "buffer" in value && !("data" in value);
-}
-
-/** Whether a mask lies on a GPU. */
-export function isGpuMask(value: AnyMask): value is GpuMaskTensor {
+/** Whether a tensor or mask lies on a GPU. */
+export function isGpuTensor<T extends AnyTensor | AnyMask>(
+  value: T,
+): value is Extract<T, GpuTensor | GpuMaskTensor> {
   return "buffer" in value && !("data" in value);
 }
 
@@ -254,7 +251,7 @@ export function checkMask(name: string, value: AnyMask): void {
   }
   checkShape(name, value.shape);
   if (value.dtype !== undefined && value.dtype !== "u8") fail(`dtype must be "u8", got ${kindOf(value.dtype)}`);
-  if (isGpuMask(value)) return checkGpuStorage(value, 1, fail);
+  if (isGpuTensor(value)) return checkGpuStorage(value, 1, fail);
   if (!(value.data instanceof Uint8Array)) {
     fail(`data must be a Uint8Array (non-zero is visible), got ${kindOf(value.data)}`);
   }

@@ -5,7 +5,8 @@
 //   lse = log of the denominator, m included; −∞ for a row that sees no key
 
 import { dropoutFactors } from "../op/dropout.ts";
-import { type HostInputs, type MlaProblem, sinksPerHead } from "../op/mla_problem.ts";
+import type { HostInputs, MlaProblem } from "../op/mla_problem.ts";
+import { sinksPerHead } from "../op/score_options.ts";
 import type { Segment } from "../op/segments.ts";
 import type { ExpandedHead } from "./expand.ts";
 import { headScores } from "./scores.ts";

@@ -7,7 +7,7 @@
 // lse −∞, with sinks too.
 
 import type { AttentionState } from "../op/attention_state.ts";
-import { sinksPerHead } from "../op/mla_problem.ts";
+import { sinksPerHead } from "../op/score_options.ts";
 import { elementCount, type Tensor } from "../op/tensor.ts";
 
 /** A state on the host in float32: output `[batch, queryLength, queryHeads, vHeadDim]`, lse `[batch, queryHeads, queryLength]`. */

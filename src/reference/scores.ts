@@ -7,7 +7,8 @@
 // Keys outside the window and past the causal diagonal are never read, nor is what the mask or a bias of −∞ hides: no
 // product can carry their NaN.
 
-import { hidingBias, type HostInputs, type MlaProblem } from "../op/mla_problem.ts";
+import type { HostInputs, MlaProblem } from "../op/mla_problem.ts";
+import { hidingBias } from "../op/score_options.ts";
 import { type KeyRange, type Segment, visibleKeys } from "../op/segments.ts";
 import type { MaskTensor } from "../op/tensor.ts";
 import type { ExpandedHead } from "./expand.ts";

@@ -22,7 +22,8 @@ import { settled } from "../../src/gpu/settled.ts";
 import { timeOnGpu } from "../../src/gpu/timing.ts";
 import { dropoutThreshold, seedWords } from "../../src/op/dropout.ts";
 import { halfBits, toHalves } from "../../src/op/half.ts";
-import { type HostInputs, lseShape, type MlaProblem, outputShape, sinksPerHead } from "../../src/op/mla_problem.ts";
+import { type HostInputs, lseShape, type MlaProblem, outputShape } from "../../src/op/mla_problem.ts";
+import { sinksPerHead } from "../../src/op/score_options.ts";
 import { elementCount, type MaskTensor, type Tensor } from "../../src/op/tensor.ts";
 
 /** How to run the kernels. */

@@ -5,7 +5,8 @@
 // whatever is at or below UNSEEN counts as hidden. Both are finite: compilers may assume that there is no infinity.
 
 import { threefryParity, threefryRotations } from "../../op/dropout.ts";
-import { hidingBias, type MlaProblem } from "../../op/mla_problem.ts";
+import type { MlaProblem } from "../../op/mla_problem.ts";
+import { hidingBias } from "../../op/score_options.ts";
 import { unroll } from "./register_tile.ts";
 
 /** What of a call's options the generated WGSL depends on. */
