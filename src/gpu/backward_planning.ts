@@ -5,7 +5,7 @@ import type { MlaProblem } from "../op/mla_problem.ts";
 import type { BackwardScratch } from "./backward_scratch.ts";
 import type { Capabilities, GpuLimits } from "./capabilities.ts";
 import type { Bound, DispatchList } from "./dispatch_plan.ts";
-import type { Region } from "./expansion.ts";
+import type { Region } from "./regions.ts";
 import type { GradTile } from "./kernels/attend_backward.ts";
 import {
   attendBackwardBindings as at,

@@ -4,7 +4,7 @@ import type { FlashMLAConfig } from "../op/config.ts";
 import { addHeadSum, type Group, type Planning } from "./backward_planning.ts";
 import type { GpuLimits } from "./capabilities.ts";
 import type { Bound } from "./dispatch_plan.ts";
-import type { Region } from "./expansion.ts";
+import type { Region } from "./regions.ts";
 import { type ExpandTile, expandTile } from "./kernels/expand.ts";
 import * as expandBackward from "./kernels/expand_backward.ts";
 import { maximaBinding } from "./kernels/matrix_expand_backward.ts";

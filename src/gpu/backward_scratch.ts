@@ -15,13 +15,11 @@
 
 import type { MlaProblem } from "../op/mla_problem.ts";
 import type { GpuLimits } from "./capabilities.ts";
-import { type ExpandedScratch, type Region, scratchLimit } from "./expansion.ts";
+import { checkedHeadsPerKv, type ExpandedScratch, scratchLimit } from "./expansion.ts";
 import { matrixScratch } from "./kernels/matrix_scratch.ts";
-import { checkBinding, limitError } from "./limit_checks.ts";
+import { checkBinding, halvedUntil } from "./limit_checks.ts";
+import { type Region, regions } from "./regions.ts";
 import type { RowRange } from "./schedule.ts";
-
-/** Alignment of the regions of scratch, WebGPU's strictest of a binding's offset. */
-const regionAlignment = 256;
 
 /** Regions behind each other in one buffer. */
 interface Regions {
@@ -49,15 +47,10 @@ export interface BackwardScratch {
   readonly element: "f32" | "vec4<f32>";
 }
 
-function regions(sizes: readonly [keys: number, values: number, rope: number]): Regions {
-  let end = 0;
-  const [keys, values, rope] = sizes.map((elements): Region => {
-    const offset = Math.ceil(end / regionAlignment) * regionAlignment;
-    const region = { offset, size: Math.max(16, elements * 4) };
-    end = offset + region.size;
-    return region;
-  });
-  return { keys, values, rope, bytes: end };
+/** The regions of so many elements in float32. */
+function floatRegions(elements: readonly [keys: number, values: number, rope: number]): Regions {
+  const [keys, values, rope] = regions(elements.map((count) => count * 4));
+  return { keys, values, rope, bytes: rope.offset + rope.size };
 }
 
 /** The regions of keys and values in halves: one buffer, which the matrix kernels bind as a whole. */
@@ -88,15 +81,12 @@ export function backwardScratch(
 ): BackwardScratch {
   const { batch, keyLength, queryHeads, kvHeads, qkNopeHeadDim: P, qkRopeHeadDim: R, vHeadDim: V, rope } = problem;
   const keyRows = batch * keyLength;
-  const headsPerKv = queryHeads / kvHeads;
-  if (headsPerKv > limits.maxComputeWorkgroupsPerDimension) {
-    throw limitError(`${headsPerKv} query heads per KV head`, "maxComputeWorkgroupsPerDimension", limits);
-  }
+  const headsPerKv = checkedHeadsPerKv(problem, limits);
   const layout = (heads: number) => ({
     expanded: matrixUnits
       ? halvesRegions(problem, heads)
-      : regions([keyRows * heads * P, keyRows * heads * V, keyRows * R]),
-    gradExpanded: regions([keyRows * heads * P, keyRows * heads * V, keyRows * heads * R]),
+      : floatRegions([keyRows * heads * P, keyRows * heads * V, keyRows * R]),
+    gradExpanded: floatRegions([keyRows * heads * P, keyRows * heads * V, keyRows * heads * R]),
   });
   const fits = (heads: number) => {
     const { expanded, gradExpanded } = layout(heads);
@@ -104,25 +94,16 @@ export function backwardScratch(
       Math.max(expanded.bytes, gradExpanded.bytes) <= limits.maxStorageBufferBindingSize &&
       heads * headsPerKv <= limits.maxComputeWorkgroupsPerDimension;
   };
-  let groupKvHeads = kvHeads;
-  while (groupKvHeads > 1 && !fits(groupKvHeads)) groupKvHeads = Math.ceil(groupKvHeads / 2);
+  const groupKvHeads = halvedUntil(kvHeads, fits);
   const { expanded, gradExpanded } = layout(groupKvHeads);
   const largest = Math.max(expanded.bytes, gradExpanded.bytes);
   checkBinding("the expanded keys and values of one head, or their gradients,", largest, limits);
   const element = [P, R, V].every((width) => width % 4 === 0) ? "vec4<f32>" : "f32";
-  const stats: Region[] = [];
-  for (const { start, end } of queryRanges) {
-    const before = stats.at(-1);
-    const offset = before === undefined
-      ? 0
-      : Math.ceil((before.offset + before.size) / regionAlignment) * regionAlignment;
-    stats.push({ offset, size: Math.max(16, (end - start) * queryHeads * 8) });
-  }
   const longest = Math.max(...queryRanges.map(({ start, end }) => end - start));
   return {
     expanded: { ...expanded, groupKvHeads, element },
     gradExpanded,
-    stats,
+    stats: regions(queryRanges.map(({ start, end }) => (end - start) * queryHeads * 8)),
     gradQueryBytes: rope === "shared" ? longest * groupKvHeads * headsPerKv * (P + R) * 4 : 0,
     element,
   };

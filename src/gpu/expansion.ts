@@ -18,20 +18,10 @@ import {
   rowWindow,
 } from "./operand_layout.ts";
 import { chunks } from "./query_ranges.ts";
+import { type Region, regionAlignment, regions } from "./regions.ts";
 
 /** Bytes of scratch that are kept at a time, unless one head alone needs more. */
 export const scratchLimit = 256 * 2 ** 20;
-
-/** Alignment of the regions of scratch, WebGPU's strictest of a binding's offset. */
-const regionAlignment = 256;
-
-/** One region of a scratch buffer. */
-export interface Region {
-  /** Bytes from the buffer's start. */
-  readonly offset: number;
-  /** Bytes. */
-  readonly size: number;
-}
 
 /** Where the expanded keys and values of one head group lie. Rows are keys, then heads, then columns. */
 export interface ExpandedScratch {
@@ -57,18 +47,11 @@ const elementBytes = 4;
  * @throws {FlashMLAError} With code `limit` when one head does not fit.
  */
 export function expandedScratch(problem: MlaProblem, limits: GpuLimits): ExpandedScratch {
-  const { batch, keyLength, queryHeads, kvHeads, qkNopeHeadDim: P, vHeadDim: V } = problem;
+  const { batch, keyLength, kvHeads, qkNopeHeadDim: P, vHeadDim: V } = problem;
   const keyRows = batch * keyLength;
-  const headsPerKv = queryHeads / kvHeads;
-  if (headsPerKv > limits.maxComputeWorkgroupsPerDimension) {
-    throw limitError(`${headsPerKv} query heads per KV head`, "maxComputeWorkgroupsPerDimension", limits);
-  }
+  const headsPerKv = checkedHeadsPerKv(problem, limits);
   const sizeOf = (heads: number) => {
-    const keys = { offset: 0, size: Math.max(16, keyRows * heads * P * elementBytes) };
-    const values = {
-      offset: Math.ceil(keys.size / regionAlignment) * regionAlignment,
-      size: Math.max(16, keyRows * heads * V * elementBytes),
-    };
+    const [keys, values] = regions([keyRows * heads * P * elementBytes, keyRows * heads * V * elementBytes]);
     return { keys, values, bytes: values.offset + values.size };
   };
   checkBinding("the expanded keys and values of one head", sizeOf(1).bytes, limits);
@@ -87,6 +70,19 @@ export function expandedScratch(problem: MlaProblem, limits: GpuLimits): Expande
     ...sizeOf(groupKvHeads),
     element: storageElement("f32", P % 4 === 0 && V % 4 === 0),
   };
+}
+
+/**
+ * The query heads of one KV head, which a dispatch must take at once.
+ *
+ * @throws {FlashMLAError} With code `limit` when they are too many.
+ */
+export function checkedHeadsPerKv({ queryHeads, kvHeads }: MlaProblem, limits: GpuLimits): number {
+  const heads = queryHeads / kvHeads;
+  if (heads > limits.maxComputeWorkgroupsPerDimension) {
+    throw limitError(`${heads} query heads per KV head`, "maxComputeWorkgroupsPerDimension", limits);
+  }
+  return heads;
 }
 
 /** The groups of KV heads in order. */

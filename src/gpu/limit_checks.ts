@@ -21,3 +21,10 @@ export function checkBinding(what: string, bytes: number, limits: GpuLimits): vo
 export function limitError(what: string, limit: keyof GpuLimits, limits: GpuLimits): FlashMLAError {
   return new FlashMLAError("limit", `Cannot run MLA on this device: ${what}, ${limit} is ${limits[limit]}`);
 }
+
+/** The first of `most`, half of it and so on, rounded up, that fits; 1 where nothing does. */
+export function halvedUntil(most: number, fits: (count: number) => boolean): number {
+  let count = most;
+  while (count > 1 && !fits(count)) count = Math.ceil(count / 2);
+  return count;
+}

@@ -4,31 +4,26 @@
 import type { MlaProblem } from "../op/mla_problem.ts";
 import type { Capabilities, GpuLimits } from "./capabilities.ts";
 import type { DispatchList } from "./dispatch_plan.ts";
-import { quads, scratchLimit } from "./expansion.ts";
+import { checkedHeadsPerKv, quads, scratchLimit } from "./expansion.ts";
 import { matrixExpandSource, matrixRopeSource } from "./kernel_sources.ts";
 import { paddedColumns } from "./kernels/matrix_expand.ts";
 import { workgroups as ropeWorkgroups } from "./kernels/matrix_rope.ts";
 import { matrixScratch } from "./kernels/matrix_scratch.ts";
-import { checkBinding, checkWindow, limitError } from "./limit_checks.ts";
+import { checkBinding, checkWindow, halvedUntil, limitError } from "./limit_checks.ts";
 import { expandTile } from "./matrix_config.ts";
 import { batchGap, denseWindow, type OperandLayouts, rowWindow } from "./operand_layout.ts";
 import { chunks } from "./query_ranges.ts";
 
 /** The most KV heads of a group whose scratch keeps to the limits. */
-export function matrixGroupHeads(problem: MlaProblem, limits: GpuLimits, most: number = scratchLimit): number {
-  const { batch, keyLength, queryHeads, kvHeads } = problem;
-  const headsPerKv = queryHeads / kvHeads;
-  if (headsPerKv > limits.maxComputeWorkgroupsPerDimension) {
-    throw limitError(`${headsPerKv} query heads per KV head`, "maxComputeWorkgroupsPerDimension", limits);
-  }
+export function matrixGroupHeads(problem: MlaProblem, limits: GpuLimits): number {
+  const { batch, keyLength, kvHeads } = problem;
+  const headsPerKv = checkedHeadsPerKv(problem, limits);
   const bytes = (heads: number) => matrixScratch(problem, batch * keyLength, heads).bytes;
   checkBinding("the expanded keys and values of one head", bytes(1), limits);
   const fits = (heads: number) =>
-    bytes(heads) <= Math.min(most, limits.maxStorageBufferBindingSize) &&
+    bytes(heads) <= Math.min(scratchLimit, limits.maxStorageBufferBindingSize) &&
     heads * headsPerKv <= limits.maxComputeWorkgroupsPerDimension;
-  let heads = kvHeads;
-  while (heads > 1 && !fits(heads)) heads = Math.ceil(heads / 2);
-  return heads;
+  return halvedUntil(kvHeads, fits);
 }
 
 /** Bytes of the scratch of a group. */

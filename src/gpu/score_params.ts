@@ -3,6 +3,7 @@
 import { dropoutThreshold, seedWords } from "../op/dropout.ts";
 import type { MlaProblem } from "../op/mla_problem.ts";
 import type { GpuLimits } from "./capabilities.ts";
+import { halvedUntil } from "./limit_checks.ts";
 import { type BindingWindow, type OperandLayout, termWindow, windowSlack } from "./operand_layout.ts";
 import type { RowRange } from "./schedule.ts";
 
@@ -40,7 +41,5 @@ export function termHeads(
     // Later heads may begin within their window.
     termWindow(layout, problem, queries, { start: 0, end: count }).size + windowSlack <=
       limits.maxStorageBufferBindingSize;
-  let count = heads;
-  while (count > 1 && !fits(count)) count = Math.ceil(count / 2);
-  return count;
+  return halvedUntil(heads, fits);
 }
