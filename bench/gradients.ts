@@ -19,11 +19,11 @@ import { subgroupMatrixFeature } from "../src/gpu/request_device.ts";
 import { clockProbe, timingMethod } from "../src/gpu/timing.ts";
 import { webgpuTarget } from "../src/gpu/webgpu_implementation.ts";
 import { mapTensors, type MlaInputs, type MlaProblem } from "../src/op/mla_problem.ts";
-import { segments, visibleKeys } from "../src/op/segments.ts";
 import type { AnyTensor, HostTensor, Tensor } from "../src/op/tensor.ts";
 import { relL2 } from "../tests/support/metrics.ts";
 import { tuningGradOutput } from "../src/op/tuning_grad_output.ts";
 import { attentionShapes, benchInputs, type BenchShape } from "./shapes.ts";
+import { measureSteadily, type Timed, visibleTriples } from "./steady_timing.ts";
 
 const matrix = Deno.args.includes("--matrix");
 const context = await gpuContext(matrix ? await openDevice({ features: [subgroupMatrixFeature] }) : undefined);
@@ -35,18 +35,6 @@ const tiles = (argument("tiles") ?? (quick ? "32" : "128,64")).split(",").map(Nu
 const method = await timingMethod(context);
 const { adapter, engine } = context.capabilities;
 console.log(`${adapter}, ${engine}, ${half ? "f16" : "f32"}, timed by ${method}`);
-
-/** Visible (query, key) pairs, times query heads. */
-function visibleTriples(problem: MlaProblem): number {
-  let pairs = 0;
-  for (const segment of segments(problem)) {
-    for (let row = segment.queryStart; row < segment.queryEnd; row++) {
-      const { start, end } = visibleKeys(segment, row, problem);
-      pairs += end - start;
-    }
-  }
-  return pairs * problem.queryHeads;
-}
 
 /** FLOPs of each kernel that has many. */
 function flopsOf(problem: MlaProblem): Record<string, number> {
@@ -65,32 +53,8 @@ function flopsOf(problem: MlaProblem): Record<string, number> {
   };
 }
 
-type Timed = (repeats: number) => Promise<number>;
-
-/** Keeps the device busy until its clock is steady: a card that idled needs seconds of load to reach full speed. */
-async function warmUp(time: Timed, repeats: number): Promise<void> {
-  if (quick) return;
-  let [steady, fastest] = [0, Infinity];
-  const deadline = performance.now() + 8000;
-  while (steady < 5 && performance.now() < deadline) {
-    await time(4 * repeats);
-    const probe = await clockProbe(context) ?? 0;
-    steady = probe > 0.98 * fastest ? steady + 1 : 0;
-    fastest = Math.min(fastest, probe);
-  }
-}
-
-/** Median milliseconds at a steady clock, and how far the samples lie apart, relative to it. */
-async function measure(time: Timed): Promise<[ms: number, spread: number]> {
-  await time(1);
-  const repeats = Math.max(1, Math.ceil((quick ? 1 : 40) / await time(1)));
-  await warmUp(time, repeats);
-  const samples: number[] = [];
-  for (let i = 0; i < (quick ? 3 : 9); i++) samples.push(await time(repeats) / repeats);
-  samples.sort((a, b) => a - b);
-  const median = samples[Math.floor(samples.length / 2)];
-  return [median, (samples[samples.length - 1] - samples[0]) / median];
-}
+/** Median milliseconds and relative spread. */
+const measure = (time: Timed) => measureSteadily(context, time, 40, 9);
 
 /** relL2 of output and gradients under one configuration from those under another. */
 async function distances(

@@ -15,12 +15,12 @@ import { operandLayouts } from "../src/gpu/operand_layout.ts";
 import { PreparedAttention } from "../src/gpu/prepared_attention.ts";
 import { ResidentCall } from "../src/gpu/resident_call.ts";
 import { clockProbe, timingMethod } from "../src/gpu/timing.ts";
-import { segments, visibleKeys } from "../src/op/segments.ts";
 import { toHalves } from "../src/op/half.ts";
-import { mapTensors, type MlaProblem } from "../src/op/mla_problem.ts";
+import { mapTensors } from "../src/op/mla_problem.ts";
 import type { HostTensor, Tensor } from "../src/op/tensor.ts";
 import { Tuner } from "../src/tune/tuner.ts";
 import { attentionShapes, benchInputs, type BenchShape } from "./shapes.ts";
+import { measureSteadily, visibleTriples } from "./steady_timing.ts";
 
 interface Row {
   readonly shape: string;
@@ -43,47 +43,9 @@ console.log(
 );
 const tuner = new Tuner({ totalBudgetMs: 20_000 });
 
-function visiblePairs(problem: MlaProblem): number {
-  let pairs = 0;
-  for (const segment of segments(problem)) {
-    for (let row = segment.queryStart; row < segment.queryEnd; row++) {
-      const { start, end } = visibleKeys(segment, row, problem);
-      pairs += end - start;
-    }
-  }
-  return pairs * problem.queryHeads;
-}
-
-/** Milliseconds of work in one submission: long beside the pauses between submissions, in which a card slows down. */
-const sampleMs = quick ? 1 : 50;
-
-/** Keeps the device busy until its clock is steady: a card that idled needs seconds of load to reach full speed. */
-async function warmUp(prepared: PreparedAttention, repeats: number): Promise<void> {
-  if (quick) return;
-  let steady = 0;
-  let fastest = Infinity;
-  const deadline = performance.now() + 8000;
-  while (steady < 5 && performance.now() < deadline) {
-    await prepared.time(4 * repeats);
-    const probe = await clockProbe(context) ?? 0;
-    steady = probe > 0.98 * fastest ? steady + 1 : 0;
-    fastest = Math.min(fastest, probe);
-  }
-}
-
-/** Median and relative spread of a kernel's time at a steady clock. */
-async function measure(
-  prepared: PreparedAttention,
-  only: readonly string[],
-): Promise<[ms: number, spread: number]> {
-  await prepared.time(1, only);
-  const repeats = Math.max(1, Math.ceil(sampleMs / await prepared.time(1, only)));
-  await warmUp(prepared, repeats);
-  const samples: number[] = [];
-  for (let i = 0; i < (quick ? 3 : 11); i++) samples.push(await prepared.time(repeats, only) / repeats);
-  samples.sort((a, b) => a - b);
-  const median = samples[Math.floor(samples.length / 2)];
-  return [median, (samples[samples.length - 1] - samples[0]) / median];
+/** Median milliseconds of some of the kernels, and relative spread. */
+function measure(prepared: PreparedAttention, only: readonly string[]): Promise<[ms: number, spread: number]> {
+  return measureSteadily(context, (repeats) => prepared.time(repeats, only), 50, 11);
 }
 
 async function row(shape: BenchShape): Promise<Row> {
@@ -118,7 +80,7 @@ async function row(shape: BenchShape): Promise<Row> {
     expandMs,
     expandTflops: 2 * batch * keyLength * L * kvHeads * (P + V) / expandMs / 1e9,
     attendMs,
-    attendTflops: 2 * visiblePairs(problem) * (P + R + V) / attendMs / 1e9,
+    attendTflops: 2 * visibleTriples(problem) * (P + R + V) / attendMs / 1e9,
     spread,
   };
 }

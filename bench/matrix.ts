@@ -17,6 +17,7 @@ import { elementCount, type Tensor } from "../src/op/tensor.ts";
 import { referenceMlaAttentionWithLse } from "../src/reference/mla_attention.ts";
 import { referenceMlaAttentionBackward } from "../src/reference/mla_attention_backward.ts";
 import { MatrixCall, type MatrixSetup } from "../tests/support/matrix_call.ts";
+import { steadyClock } from "./steady_timing.ts";
 
 const argument = (name: string, absent: string) =>
   Deno.args.find((arg) => arg.startsWith(`--${name}=`))?.slice(name.length + 3) ?? absent;
@@ -101,20 +102,9 @@ const exact = new Map([true, false].map((causal) => [
   checked.map(([row, head]) => exactRow(row, head, causal)),
 ]));
 
-async function steady(call: MatrixCall, names: readonly string[]): Promise<void> {
-  let fastest = Infinity;
-  let calm = 0;
-  const deadline = performance.now() + 6000;
-  while (calm < 3 && performance.now() < deadline) {
-    await call.time(Math.max(1, Math.ceil(60 / await call.time(1, names))), names);
-    const probe = await clockProbe(context) ?? 0;
-    calm = probe > 0.98 * fastest ? calm + 1 : 0;
-    fastest = Math.min(fastest, probe);
-  }
-}
-
 async function measured(call: MatrixCall, names: readonly string[]): Promise<string> {
-  await steady(call, names);
+  const work = async () => call.time(Math.max(1, Math.ceil(60 / await call.time(1, names))), names);
+  await steadyClock(context, work, 3, 6000);
   const repeats = Math.max(1, Math.ceil(25 / await call.time(1, names)));
   const samples: number[] = [];
   for (let i = 0; i < 7; i++) samples.push(await call.time(repeats, names));
