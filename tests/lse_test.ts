@@ -1,25 +1,21 @@
 import { describe, test } from "node:test";
 import { assertEquals, assertRejects, assertStrictEquals } from "@std/assert";
 import {
-  ConfigSelectorChain,
-  Executor,
-  type FlashMLAConfig,
   FlashMLAError,
   type GpuMaskTensor,
   mlaAttention,
   mlaAttentionWithLse,
-  type MlaCall,
   type MlaEvent,
-  type SelectionEvent,
   tensor,
   toFloats,
   toHalves,
 } from "../mod.ts";
 import { mlaProblem } from "../src/op/mla_problem.ts";
-import { type AnyTensor, elementCount, type Tensor } from "../src/op/tensor.ts";
+import { elementCount, type Tensor } from "../src/op/tensor.ts";
 import { referenceMlaAttentionWithLse } from "../src/reference/mla_attention.ts";
 import { stored } from "./support/dtype_attention.ts";
 import { skip, smallConfig } from "./support/gpu.ts";
+import { guessing } from "./support/guessing.ts";
 import { assertClose } from "./support/metrics.ts";
 import { normals, type ProblemShape, randomCall, randomTensor } from "./support/random_problem.ts";
 
@@ -45,16 +41,6 @@ const bias = randomTensor([2, 1, 5, 7], random);
 const softmaxAux = randomTensor([4, 2], random);
 const attentionMask = { data: Uint8Array.from({ length: 35 }, (_, i) => i % 3), shape: [1, 1, 5, 7] };
 const zeros = (...shape: number[]): Tensor => ({ data: new Float32Array(elementCount(shape)), shape });
-
-/** An executor that guesses, and what it says. */
-function guessing() {
-  const events: SelectionEvent<FlashMLAConfig>[] = [];
-  const chain = new ConfigSelectorChain<MlaCall, FlashMLAConfig, AnyTensor>({
-    policy: { cacheMissFallback: "heuristics" },
-    onEvent: (event) => events.push(event),
-  });
-  return { executor: new Executor(chain), events };
-}
 
 function checks(platform: "reference" | "webgpu", skip: string | false, relL2: number): void {
   describe(`mlaAttentionWithLse() on ${platform}`, { skip }, () => {

@@ -1,8 +1,6 @@
 // The generated WGSL of the kernels on matrix units, as it was last reviewed, in the native back end and the emulated one.
 // After a change on purpose, FLASH_MLA_UPDATE_SNAPSHOTS=1 rewrites the files; review them like code.
 
-import { existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
-import process from "node:process";
 import { describe, test } from "node:test";
 import { assert, assertEquals } from "@std/assert";
 import * as attend from "../src/gpu/kernels/matrix_attend.ts";
@@ -14,9 +12,7 @@ import * as maxima from "../src/gpu/kernels/matrix_maxima.ts";
 import * as rope from "../src/gpu/kernels/matrix_rope.ts";
 import * as stage from "../src/gpu/kernels/matrix_stage.ts";
 import type { ScoreTerms } from "../src/gpu/kernels/score_terms.ts";
-
-const directory = new URL("snapshots/", import.meta.url);
-const update = process.env.FLASH_MLA_UPDATE_SNAPSHOTS === "1";
+import { assertReviewed } from "./support/reviewed_wgsl.ts";
 
 const plain: ScoreTerms = { scoreTerm: "none", softCap: false, window: false, bias: "f32", dropout: false };
 const every: ScoreTerms = { scoreTerm: "bias", softCap: true, window: true, bias: "f16", dropout: true };
@@ -101,15 +97,7 @@ function workgroupVariables(code: string): Map<string, number> {
 
 describe("generated WGSL on matrix units", () => {
   for (const [name, code] of Object.entries(kernels)) {
-    test(`${name} is the reviewed one`, () => {
-      const file = new URL(`${name}.wgsl`, directory);
-      if (update) {
-        mkdirSync(directory, { recursive: true });
-        writeFileSync(file, code);
-      }
-      assert(existsSync(file), `${file.pathname} is missing: run with FLASH_MLA_UPDATE_SNAPSHOTS=1`);
-      assertEquals(code, readFileSync(file, "utf8"));
-    });
+    test(`${name} is the reviewed one`, () => assertReviewed(name, code));
 
     test(`${name} has no undefined holes, and workgroup variables of whole 16 bytes`, () => {
       assert(!/undefined|\[object|\bNaNu?\b(?! )/.test(code.replaceAll(/\/\/.*/g, "")));

@@ -2,17 +2,12 @@ import { describe, test } from "node:test";
 import { assert, assertEquals, assertLess, assertRejects, assertStrictEquals } from "@std/assert";
 import {
   type AttentionState,
-  ConfigSelectorChain,
-  Executor,
   flashMLA,
-  type FlashMLAConfig,
   FlashMLAError,
   type GpuTensor,
   mlaAttention,
   mlaAttentionVjp,
   mlaAttentionWithLse,
-  type MlaCall,
-  type SelectionEvent,
   toFloats,
   toHalves,
 } from "../mod.ts";
@@ -28,6 +23,7 @@ import { type AnyTensor, elementCount, type Tensor } from "../src/op/tensor.ts";
 import { referenceMlaAttentionBackward } from "../src/reference/mla_attention_backward.ts";
 import { stored } from "./support/dtype_attention.ts";
 import { smallConfig } from "./support/gpu.ts";
+import { guessing } from "./support/guessing.ts";
 import { assertClose } from "./support/metrics.ts";
 import { normals, type ProblemShape, randomCall, randomTensor } from "./support/random_problem.ts";
 
@@ -63,16 +59,6 @@ const variants: [title: string, shape: Partial<ProblemShape>, options: MlaMathOp
   ["dropout and a shared sink", {}, { dropout: { rate: 0.25, seed: 5 }, softmaxAux: randomTensor([3], random) }],
   ["packed sequences", { batch: 1, queryLength: 9, keyLength: 9, cuSeqlens: [0, 4, 4, 9] }, { slidingWindow: [3, 1] }],
 ];
-
-/** An executor that guesses, and what it says. */
-function guessing() {
-  const events: SelectionEvent<FlashMLAConfig>[] = [];
-  const chain = new ConfigSelectorChain<MlaCall, FlashMLAConfig, AnyTensor>({
-    policy: { cacheMissFallback: "heuristics" },
-    onEvent: (event) => events.push(event),
-  });
-  return { executor: new Executor(chain), events };
-}
 
 /** A call with the tensors of its options among its inputs, as the oracle takes them. */
 function inOne(inputs: HostInputs, { bias, softmaxAux, attentionMask }: MlaMathOptions): HostInputs {

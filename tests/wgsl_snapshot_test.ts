@@ -1,10 +1,8 @@
 // The generated WGSL, as it was last reviewed. After a change on purpose, FLASH_MLA_UPDATE_SNAPSHOTS=1 rewrites the files;
 // review them like code.
 
-import { existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
-import process from "node:process";
 import { describe, test } from "node:test";
-import { assert, assertEquals } from "@std/assert";
+import { assert } from "@std/assert";
 import { defaultLimits } from "../src/gpu/capabilities.ts";
 import * as attend from "../src/gpu/kernels/attend.ts";
 import * as attendBackward from "../src/gpu/kernels/attend_backward.ts";
@@ -18,9 +16,7 @@ import * as rowStats from "../src/gpu/kernels/row_stats.ts";
 import type { ScoreTerms } from "../src/gpu/kernels/score_terms.ts";
 import * as sinkGradient from "../src/gpu/kernels/sink_gradient.ts";
 import * as sinks from "../src/gpu/kernels/sinks.ts";
-
-const directory = new URL("snapshots/", import.meta.url);
-const update = process.env.FLASH_MLA_UPDATE_SNAPSHOTS === "1";
+import { assertReviewed } from "./support/reviewed_wgsl.ts";
 
 const small: attend.AttendTile = {
   blockQ: 32,
@@ -136,15 +132,7 @@ const kernels: Record<string, string> = {
 
 describe("generated WGSL", () => {
   for (const [name, code] of Object.entries(kernels)) {
-    test(`${name} is the reviewed one`, () => {
-      const file = new URL(`${name}.wgsl`, directory);
-      if (update) {
-        mkdirSync(directory, { recursive: true });
-        writeFileSync(file, code);
-      }
-      assert(existsSync(file), `${file.pathname} is missing: run with FLASH_MLA_UPDATE_SNAPSHOTS=1`);
-      assertEquals(code, readFileSync(file, "utf8"));
-    });
+    test(`${name} is the reviewed one`, () => assertReviewed(name, code));
 
     test(`${name} has no undefined holes and whole workgroup variables`, () => {
       assert(
