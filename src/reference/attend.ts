@@ -48,8 +48,7 @@ export function attend(
     const range = compute(i);
     const [first, last] = [range.start - segment.keyStart, range.end - segment.keyStart];
     const position = i - segment.item * queryLength;
-    let seen = -Infinity;
-    for (let j = first; j < last; j++) seen = score[j] > seen || score[j] !== score[j] ? score[j] : seen;
+    const seen = largest(score, first, last);
     const max = sinks.reduce((most, sink) => Math.max(most, sink), seen);
     let sum = 0;
     accumulator.fill(0);
@@ -70,6 +69,13 @@ export function attend(
     for (let v = 0; v < V; v++) into.output[row + v] = seen === -Infinity ? 0 : accumulator[v] / sum;
     into.lse[(segment.item * H + head) * queryLength + position] = seen === -Infinity ? seen : max + Math.log(sum);
   }
+}
+
+/** The largest of some scores, NaN if any is NaN; −∞ where a row sees no key. */
+export function largest(score: Float64Array, first: number, last: number): number {
+  let seen = -Infinity;
+  for (let j = first; j < last; j++) seen = score[j] > seen || score[j] !== score[j] ? score[j] : seen;
+  return seen;
 }
 
 /** The key row that a segment's batch item begins with. */

@@ -14,7 +14,7 @@
 import { dropoutFactors } from "../op/dropout.ts";
 import type { HostInputs, MlaProblem } from "../op/mla_problem.ts";
 import type { Segment } from "../op/segments.ts";
-import { headSinks, keyOrigin } from "./attend.ts";
+import { headSinks, keyOrigin, largest } from "./attend.ts";
 import type { ExpandedHead } from "./expand.ts";
 import { dot, headScores } from "./scores.ts";
 
@@ -57,7 +57,7 @@ export function attendBackward(
   const { queryHeads: H, queryLength, qkNopeHeadDim: P, qkRopeHeadDim: R, vHeadDim: V } = problem;
   const { softmaxScale, logitsSoftCap: cap, dropout, rope } = problem;
   const { keyNope, value } = expanded;
-  const { query, score, keyRope, compute, termIndex } = headScores(inputs, problem, segment, head, expanded);
+  const { query, scaled, score, keyRope, compute, termIndex } = headScores(inputs, problem, segment, head, expanded);
   const sinks = headSinks(inputs, problem, head);
   const factor = dropout && dropoutFactors(dropout, segment.item, head);
   const queryWidth = rope === "in_query" ? P + R : P;
@@ -71,8 +71,7 @@ export function attendBackward(
     const range = compute(i);
     const [first, last] = [range.start - segment.keyStart, range.end - segment.keyStart];
     const position = i - segment.item * queryLength;
-    let seen = -Infinity;
-    for (let j = first; j < last; j++) seen = score[j] > seen || score[j] !== score[j] ? score[j] : seen;
+    const seen = largest(score, first, last);
     if (seen === -Infinity) continue;
     const max = sinks.reduce((most, sink) => Math.max(most, sink), seen);
     let sum = 0;
@@ -99,10 +98,7 @@ export function attendBackward(
       const weight = probability[j] * kept[j];
       for (let v = 0; v < V; v++) gradExpanded.value[j * V + v] += weight * gradOutput[gradRow + v];
       let gradDot = softmaxScale * gradScore;
-      if (cap !== null) {
-        const scaled = softmaxScale * (dot(query, 0, keyNope, j * P, P) + dot(query, P, keyRope, j * R, R));
-        gradDot *= 1 - Math.tanh(scaled / cap) ** 2;
-      }
+      if (cap !== null) gradDot *= 1 - Math.tanh(scaled[j] / cap) ** 2;
       for (let p = 0; p < P; p++) {
         gradients.query[nope + p] += gradDot * keyNope[j * P + p];
         gradExpanded.keyNope[j * P + p] += gradDot * query[p];

@@ -17,6 +17,8 @@ import type { ExpandedHead } from "./expand.ts";
 export interface HeadScores {
   /** q_nope and, behind it, q_rope of the row that was computed last, `[qkNopeHeadDim + qkRopeHeadDim]`. */
   readonly query: Float64Array;
+  /** x of that row, `[keys]`; arbitrary where a mask hides and outside of the row's range. */
+  readonly scaled: Float64Array;
   /** s of that row, `[keys]`; −∞ where a mask hides, arbitrary outside of the row's range. */
   readonly score: Float64Array;
   /** Rotary keys, `[keys, qkRopeHeadDim]`. */
@@ -47,6 +49,7 @@ export function headScores(
   const { keyNope } = expanded;
   const keyRope = keyRopeRows(inputs, problem, segment);
   const query = new Float64Array(P + R);
+  const scaled = new Float64Array(segment.keyEnd - segment.keyStart);
   const score = new Float64Array(segment.keyEnd - segment.keyStart);
   const bias = scoreTerm === "bias" ? inputs.bias!.data : null;
   const mask = scoreTerm === "mask" ? (inputs.attentionMask as MaskTensor).data : null;
@@ -54,6 +57,7 @@ export function headScores(
 
   return {
     query,
+    scaled,
     score,
     keyRope,
     termIndex: (row, key) => termRow(row) + key,
@@ -67,8 +71,8 @@ export function headScores(
           score[j] = -Infinity;
           continue;
         }
-        const scaled = softmaxScale * (dot(query, 0, keyNope, j * P, P) + dot(query, P, keyRope, j * R, R));
-        const capped = cap === null ? scaled : cap * Math.tanh(scaled / cap);
+        scaled[j] = softmaxScale * (dot(query, 0, keyNope, j * P, P) + dot(query, P, keyRope, j * R, R));
+        const capped = cap === null ? scaled[j] : cap * Math.tanh(scaled[j] / cap);
         score[j] = bias === null ? capped : capped + bias[term + key];
       }
       return range;
