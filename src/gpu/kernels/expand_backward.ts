@@ -58,6 +58,23 @@ export function wordsOf({ sizes, firstTile, left, right, gradient, accumulate }:
   return [...sizes, firstTile, ...left, ...right, ...gradient, Number(accumulate)];
 }
 
+/** The parameters of both gradients' products, whatever units compute them. */
+export const projectionParams = `struct Params {
+  rows: u32,         // of the product
+  columns: u32,
+  depth: u32,        // length of the summed axis
+  firstTile: u32,    // index of the first row tile of this dispatch
+  leftBase: u32,     // elements from the binding's start to the first row
+  leftRow: u32,      // elements from one row to the next
+  leftItemRows: u32, // rows of a batch item of latents
+  leftGap: u32,      // further elements from one batch item to the next, modulo 2^32
+  rightBase: u32,
+  rightRow: u32,
+  gradientBase: u32,
+  gradientRow: u32,
+  accumulate: u32,   // whether to add to what is there
+}`;
+
 /** WGSL of `put`, which adds four neighbours to the gradient or stores them. */
 export function storeGradient(shape: Pick<ExpandBackwardShape, "gradient">): string {
   return `fn put(row: u32, column: u32, value: vec4<f32>) {
@@ -174,21 +191,7 @@ const DEPTH = ${depth}u;
 const DEPTH_PIECES = ${depth / 4}u;
 const TX = ${threadColumns}u;
 
-struct Params {
-  rows: u32,         // of the product
-  columns: u32,
-  depth: u32,        // length of the summed axis
-  firstTile: u32,    // index of the first row tile of this dispatch
-  leftBase: u32,     // elements from the binding's start to the first row
-  leftRow: u32,      // elements from one row to the next
-  leftItemRows: u32, // rows of a batch item of latents
-  leftGap: u32,      // further elements from one batch item to the next, modulo 2^32
-  rightBase: u32,
-  rightRow: u32,
-  gradientBase: u32,
-  gradientRow: u32,
-  accumulate: u32,   // whether to add to what is there
-}
+${projectionParams}
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> leftRows: array<${shape.left}>;

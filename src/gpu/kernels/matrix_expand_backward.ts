@@ -20,7 +20,7 @@ import {
   memoryBytes,
   subgroupSize,
 } from "./matrix_unit.ts";
-import { type ExpandBackwardShape, type ExpandGradient, storeGradient } from "./expand_backward.ts";
+import { type ExpandBackwardShape, type ExpandGradient, projectionParams, storeGradient } from "./expand_backward.ts";
 import { indent, unroll } from "./register_tile.ts";
 import { load4, storageDirectives, type StorageElement } from "./storage_element.ts";
 
@@ -170,21 +170,7 @@ const BLOCK_M = ${blockM}u;
 const BLOCK_N = ${blockN}u;
 const DEPTH = ${depth}u;
 
-struct Params {
-  rows: u32,         // of the product
-  columns: u32,
-  depth: u32,        // length of the summed axis
-  firstTile: u32,    // index of the first row tile of this dispatch
-  leftBase: u32,     // elements from the binding's start to the first row
-  leftRow: u32,      // elements from one row to the next
-  leftItemRows: u32, // rows of a batch item of latents
-  leftGap: u32,      // further elements from one batch item to the next, modulo 2^32
-  rightBase: u32,
-  rightRow: u32,
-  gradientBase: u32,
-  gradientRow: u32,
-  accumulate: u32,   // whether to add to what is there
-}
+${projectionParams}
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> leftRows: array<${shape.left}>;
