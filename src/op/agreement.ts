@@ -38,9 +38,13 @@ const cancelled = 1e-2;
  *
  * @param candidate An output.
  * @param best The best known one.
- * @param problem The call's dimensions and element types; float32 when absent.
+ * @param problem The call's element types; float32 when absent.
  */
-export function outputsAgree(candidate: AnyTensor, best: AnyTensor, problem?: MlaProblem): Agreement {
+export function outputsAgree(
+  candidate: AnyTensor,
+  best: AnyTensor,
+  problem?: Pick<MlaProblem, "dtype">,
+): Agreement {
   if (isGpuTensor(candidate) || isGpuTensor(best)) return { ok: true, detail: "not compared: it stayed on the GPU" };
   const found = distance(toFloats(candidate).data, toFloats(best).data, "output");
   if (typeof found === "string") return { ok: false, detail: found };
@@ -119,7 +123,7 @@ function meanSquareRoot(tensor: AnyTensor): number {
 }
 
 /** The coarsest element type of a call. */
-function elements({ dtype }: MlaProblem): "f32" | "f16" {
+function elements({ dtype }: Pick<MlaProblem, "dtype">): "f32" | "f16" {
   const halves = typeof dtype === "string" ? dtype === "f16" : Object.values(dtype).includes("f16");
   return halves ? "f16" : "f32";
 }

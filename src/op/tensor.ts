@@ -295,7 +295,11 @@ function checkGpuTensor(value: GpuTensor, fail: (why: string) => never): void {
   checkGpuStorage(value, elementBytes(dtype), fail);
 }
 
-function checkGpuStorage(value: GpuTensor | GpuMaskTensor, bytes: number, fail: (why: string) => never): void {
+/** What of a tensor on a GPU is checked whatever its elements are. */
+type GpuStorage = Pick<GpuTensor, "buffer" | "shape" | "offset" | "strides" | "disposed"> & { readonly dtype: string };
+
+/** Throws unless a buffer holds what a tensor of elements of so many bytes says. */
+export function checkGpuStorage(value: GpuStorage, bytes: number, fail: (why: string) => never): void {
   if (value.disposed === true) fail("it was disposed of");
   const { buffer, shape, dtype, offset = 0, strides } = value;
   if (typeof buffer?.size !== "number" || typeof buffer.usage !== "number") {
@@ -328,7 +332,7 @@ function checkGpuStorage(value: GpuTensor | GpuMaskTensor, bytes: number, fail: 
 }
 
 /** Elements from the first to one past the last of a GPU tensor; 0 for an empty one. */
-export function spanElements({ shape, strides = denseStrides(shape) }: GpuTensor | GpuMaskTensor): number {
+export function spanElements({ shape, strides = denseStrides(shape) }: Pick<GpuStorage, "shape" | "strides">): number {
   if (elementCount(shape) === 0) return 0;
   return shape.reduce((span, axis, i) => span + (axis - 1) * strides[i], 1);
 }
