@@ -2,6 +2,7 @@
 
 import { FlashMLAError } from "../op/errors.ts";
 import { halfBits, halfTensor, toFloats, zeros } from "../op/half.ts";
+import { checkIndexTensor, type IndexTensor, type OwnedGpuIndexTensor } from "../op/index_tensor.ts";
 import {
   checkMask,
   checkShape,
@@ -26,7 +27,7 @@ import { foreignBuffer, inErrorScopes } from "./error_scopes.ts";
 import { settled } from "./settled.ts";
 
 /** How the elements of a tensor on a GPU are stored. */
-type Stored = "f32" | "f16" | "u8";
+type Stored = "f32" | "f16" | "u8" | "i32";
 
 /** Allocates a dense tensor with arbitrary elements. */
 function allocateTensor<Type extends Stored>(
@@ -34,7 +35,7 @@ function allocateTensor<Type extends Stored>(
   shape: readonly number[],
   dtype: Type,
 ): PooledTensor<Type> {
-  const elementSize = dtype === "u8" ? 1 : elementBytes(dtype as "f32" | "f16");
+  const elementSize = dtype === "u8" ? 1 : dtype === "i32" ? 4 : elementBytes(dtype as "f32" | "f16");
   const bytes = Math.max(4, Math.ceil(elementCount(shape) * elementSize / 4) * 4);
   return new PooledTensor(context, context.buffers.acquire("storage", bytes), [...shape], dtype);
 }
@@ -193,10 +194,27 @@ export function toGpu(tensor: HostTensor, device?: GPUDevice): Promise<OwnedGpuT
  * @returns The mask on the device, dense. The caller disposes of it.
  */
 export function toGpu(mask: MaskTensor, device?: GPUDevice): Promise<OwnedGpuMask>;
+/**
+ * Copies integers to a GPU: block tables and lengths that kernels of the caller's go on with.
+ *
+ * @param indices The integers on the host.
+ * @param device The device; the process's own when absent.
+ * @returns The integers on the device. The caller disposes of them.
+ */
+export function toGpu(indices: IndexTensor, device?: GPUDevice): Promise<OwnedGpuIndexTensor>;
 export async function toGpu(
-  tensor: HostTensor | MaskTensor,
+  tensor: HostTensor | MaskTensor | IndexTensor,
   device?: GPUDevice,
-): Promise<OwnedGpuTensor | OwnedGpuMask> {
+): Promise<OwnedGpuTensor | OwnedGpuMask | OwnedGpuIndexTensor> {
+  if (tensor?.data instanceof Int32Array) {
+    const indices = tensor as IndexTensor;
+    checkIndexTensor("indices", indices);
+    const context = await gpuContext(device);
+    const words = new Int32Array(indices.data);
+    return await allocated(context, indices.shape, "i32", ({ buffer }) => {
+      if (words.length > 0) context.device.queue.writeBuffer(buffer, 0, words);
+    });
+  }
   if (tensor?.data instanceof Uint8Array) {
     const mask = tensor as MaskTensor;
     checkMask("mask", mask);

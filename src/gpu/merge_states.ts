@@ -1,25 +1,23 @@
 // Merging partial results that lie on a GPU: nothing is read back, but sinks that lie there, which are a few numbers.
 
 import { FlashMLAError } from "../op/errors.ts";
-import { toFloats } from "../op/half.ts";
-import { sinksPerHead } from "../op/score_options.ts";
 import {
   type AnyTensor,
   denseStrides,
   elementBytes,
   elementCount,
   type GpuTensor,
-  isGpuTensor,
   type OwnedGpuTensor,
   spanElements,
 } from "../op/tensor.ts";
 import { BufferUsage } from "./buffers.ts";
 import { type GpuContext, gpuContext, unlessLost } from "./device.ts";
 import { inErrorScopes } from "./error_scopes.ts";
-import { allocated, toHost } from "./gpu_tensor.ts";
+import { allocated } from "./gpu_tensor.ts";
 import { halfCopy, halfPipeline } from "./half_copy.ts";
 import { wgsl, workgroupSize } from "./kernels/merge_attention_states.ts";
 import { checkBinding } from "./limit_checks.ts";
+import { sinkSums } from "./sink_sums.ts";
 
 /** A partial result on a GPU. */
 export interface GpuAttentionState {
@@ -110,19 +108,6 @@ export async function mergeOnGpu(
     for (const buffer of temporary) buffer.destroy();
     if (half) context.buffers.release("storage", floats);
   }
-}
-
-/** Base-2 logarithms of the sum of each head's sinks. */
-async function sinkSums(softmaxAux: AnyTensor, queryHeads: number): Promise<Float32Array<ArrayBuffer>> {
-  const { data, shape } = toFloats(isGpuTensor(softmaxAux) ? await toHost(softmaxAux) : softmaxAux);
-  const perHead = sinksPerHead(shape, queryHeads);
-  const count = perHead ? data.length / queryHeads : data.length;
-  return Float32Array.from({ length: queryHeads }, (_, head) => {
-    const own = data.subarray(perHead ? head * count : 0, perHead ? (head + 1) * count : count);
-    // Finite, as kernels want it, where all sinks are minus infinity or there are none.
-    const most = own.reduce((max, sink) => Math.max(max, sink), -2e38);
-    return (most + Math.log(own.reduce((sum, sink) => sum + Math.exp(sink - most), 1e-45))) * Math.LOG2E;
-  });
 }
 
 function params(a: GpuAttentionState, b: GpuAttentionState): ArrayBuffer {

@@ -1,0 +1,82 @@
+// The work of a call whose lengths lie on the GPU, cut into items as decode_schedule.ts does on the host: every sequence has
+// as many queries, and splits of one length.
+//
+//   one invocation = one block of query rows, striding over the whole grid
+//
+// Each block has room for as many items as the longest possible sequence needs; those that its own does not need have no
+// rows, and end at once.
+
+import { itemStruct, itemWords, noSlot } from "./absorbed_operands.ts";
+
+/** Invocations of a workgroup. */
+export const workgroupSize = 64;
+
+/** The kernel's source: bindings are the parameters, the lengths, and what it writes. */
+export function wgsl(): string {
+  return `// Items of absorbed attention.
+struct Params {
+  blocks: u32,         // of all sequences
+  sequenceBlocks: u32, // of one
+  blockRows: u32,
+  sequenceTokens: u32,
+  heads: u32,
+  splitKeys: u32,
+  maxSplits: u32,
+  shard: u32,          // which of the cache's buffers, of how many
+  shards: u32,
+  capacity: u32,       // most keys of a sequence
+  left: i32,
+  right: i32,
+  lensBase: u32,
+  fixed: u32,          // whether splits lie between multiples of their length
+}
+
+${itemStruct}
+
+struct Merge {
+  row: u32,
+  rows: u32,
+  slot: u32,
+  splits: u32,
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> lens: array<i32>;
+@group(0) @binding(2) var<storage, read_write> items: array<Item>;
+@group(0) @binding(3) var<storage, read_write> merges: array<Merge>;
+
+@compute @workgroup_size(${workgroupSize})
+fn main(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>) {
+  for (var block = id.x; block < params.blocks; block += groups.x * ${workgroupSize}u) {
+    let sequence = block / params.sequenceBlocks;
+    let within = block % params.sequenceBlocks * params.blockRows;
+    let row = sequence * params.sequenceTokens * params.heads + within;
+    let rows = min(params.blockRows, params.sequenceTokens * params.heads - within);
+    // A length that disagrees with the table is cut to what there is.
+    let keys = clamp(lens[params.lensBase + sequence], 0, i32(params.capacity));
+    let diagonal = keys - i32((sequence + 1u) * params.sequenceTokens);
+    let lowest = diagonal + i32(row / params.heads);
+    let highest = diagonal + i32((row + rows - 1u) / params.heads);
+    let start = min(keys, max(0, lowest - params.left));
+    let end = max(start, min(keys, highest + params.right + 1));
+    let origin = select(start, start / i32(params.splitKeys) * i32(params.splitKeys), params.fixed != 0u);
+    let splits = max(1u, (u32(end - origin) + params.splitKeys - 1u) / params.splitKeys);
+    let first = block * params.maxSplits;
+    for (var s = 0u; s < params.maxSplits; s += 1u) {
+      let from = max(start, origin + i32(s * params.splitKeys));
+      let to = min(end, origin + i32((s + 1u) * params.splitKeys));
+      let slot = (first + s) * params.shards + params.shard;
+      let used = s < splits;
+      items[first + s] =
+        Item(sequence, row, select(0u, rows, used), u32(from), u32(max(from, to)), diagonal, select(${noSlot}u, slot, used), 0u);
+    }
+    merges[block] = Merge(row, rows, first * params.shards, splits * params.shards);
+  }
+}
+`;
+}
+
+/** Bytes of so many items. */
+export function itemBytes(items: number): number {
+  return Math.max(1, items) * itemWords * 4;
+}
