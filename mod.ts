@@ -20,26 +20,16 @@ export { LatentCache } from "./src/latent_cache.ts";
 export type { EncodedAppend, LatentCacheOptions, ReserveOptions } from "./src/latent_cache.ts";
 export type { AppendWhere } from "./src/op/append_problem.ts";
 export type { AnyIndexTensor, GpuIndexTensor, IndexTensor, OwnedGpuIndexTensor } from "./src/op/index_tensor.ts";
-export {
-  defaultDecodeExecutor,
-  encodeMlaDecode,
-  MlaDecode,
-  mlaDecode,
-  MlaDecodeInvocation,
-  mlaDecodeKernel,
-  mlaDecodeWithLse,
-} from "./src/mla_decode.ts";
-export type {
-  EncodedDecode,
-  MlaDecodeCall,
-  MlaDecodeExecutor,
-  MlaDecodeInputs,
-  MlaDecodeOptions,
-} from "./src/mla_decode.ts";
+export { defaultDecodeExecutor, encodeMlaDecode, mlaDecode, mlaDecodeWithLse } from "./src/mla_decode.ts";
+export type { EncodedDecode } from "./src/mla_decode.ts";
+export { MlaDecode, MlaDecodeInvocation, mlaDecodeKernel } from "./src/decode_kernel.ts";
+export type { MlaDecodeCall, MlaDecodeExecutor } from "./src/decode_kernel.ts";
+export type { MlaDecodeInputs, MlaDecodeOptions } from "./src/decode_options.ts";
 export { mlaPrefillWithCache } from "./src/mla_prefill_with_cache.ts";
 export type { MlaPrefillInputs, MlaPrefillOptions } from "./src/mla_prefill_with_cache.ts";
 export type { Formulation } from "./src/op/formulation.ts";
-export type { CacheLayout, DecodeMathOptions, DecodeProblem, DecodeTensors, SeqLens } from "./src/op/decode_problem.ts";
+export type { CacheLayout, DecodeMathOptions, DecodeProblem, DecodeTensors } from "./src/op/decode_problem.ts";
+export type { SeqLens } from "./src/op/sequence_places.ts";
 export type { AppendStep, CacheStore, DecodeInputs, DecodeTarget } from "./src/op/decode_implementation.ts";
 export type { DecodeConfig } from "./src/op/decode_config.ts";
 export { encodeMlaAttention } from "./src/encode_mla_attention.ts";

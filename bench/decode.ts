@@ -25,7 +25,7 @@ import { prepareDecode } from "../src/gpu/decode_plan.ts";
 import { gpuContext } from "../src/gpu/device.ts";
 import { subgroupMatrixFeature } from "../src/gpu/request_device.ts";
 import { clockProbe, timeOnGpu, timingMethod } from "../src/gpu/timing.ts";
-import type { MlaDecodeInvocation } from "../src/mla_decode.ts";
+import type { MlaDecodeInvocation } from "../src/decode_kernel.ts";
 import { normals } from "../tests/support/random_problem.ts";
 import { roofline, type RooflinePoint } from "./roofline.ts";
 import { measureSteadily } from "./steady_timing.ts";

@@ -1,7 +1,8 @@
 import { decodeRegistry } from "./decode_platforms.ts";
 import { appendPlan, type AppendWhere, placesOf } from "./op/append_problem.ts";
 import type { AppendStep, CacheStore, DecodeTarget } from "./op/decode_implementation.ts";
-import { type CacheLayout, checkSeqLens, type SeqLens, tableColumns } from "./op/decode_problem.ts";
+import type { CacheLayout } from "./op/decode_problem.ts";
+import { checkSeqLens, type SeqLens, tableColumns } from "./op/sequence_places.ts";
 import { FlashMLAError } from "./op/errors.ts";
 import { type AnyIndexTensor, type IndexTensor, isGpuIndex } from "./op/index_tensor.ts";
 import { holdTensor } from "./op/mla_problem.ts";

@@ -5,17 +5,13 @@ import { insideOf, LatentCache } from "./latent_cache.ts";
 import { mergeAttentionStates } from "./merge_attention_states.ts";
 import { mlaAttention, type MlaExecutor } from "./flash_mla.ts";
 import { mlaAttentionWithLse } from "./mla_attention_with_lse.ts";
-import { mlaDecode, type MlaDecodeExecutor } from "./mla_decode.ts";
+import type { MlaDecodeExecutor } from "./decode_kernel.ts";
+import { mlaDecode } from "./mla_decode.ts";
 import type { AttentionState } from "./op/attention_state.ts";
 import type { FlashMLAConfig } from "./op/config.ts";
 import type { DecodeConfig } from "./op/decode_config.ts";
-import {
-  checkSeqLens,
-  type DecodeMathOptions,
-  type DecodeProblem,
-  decodeProblem,
-  type SeqLens,
-} from "./op/decode_problem.ts";
+import { type DecodeMathOptions, type DecodeProblem, decodeProblem } from "./op/decode_problem.ts";
+import { checkSeqLens, type SeqLens } from "./op/sequence_places.ts";
 import { FlashMLAError } from "./op/errors.ts";
 import { fewerFlops, type Formulation, visiblePairs } from "./op/formulation.ts";
 import { toFloats, writeFloats, zeros } from "./op/half.ts";

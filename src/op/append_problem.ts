@@ -1,6 +1,6 @@
 // Appending to a paged cache, validated: where each row goes, and which shared pages have to be copied before.
 
-import { checkOffsets, checkPage, checkSeqLens, type SeqLens, tableColumns } from "./decode_problem.ts";
+import { checkOffsets, checkPage, checkSeqLens, type SeqLens, tableColumns } from "./sequence_places.ts";
 import { FlashMLAError } from "./errors.ts";
 import { type AnyIndexTensor, type IndexTensor, isGpuIndex } from "./index_tensor.ts";
 import type { PageAllocator } from "./page_allocator.ts";

@@ -1,18 +1,10 @@
 // One call against a cache of latent rows, validated: its dimensions, and where each sequence's queries and keys are.
 
 import { FlashMLAError } from "./errors.ts";
-import { type AnyIndexTensor, checkIndexTensor, type IndexTensor, isGpuIndex } from "./index_tensor.ts";
+import type { AnyIndexTensor } from "./index_tensor.ts";
+import { checkOffsets, checkSeqLens, type SeqLens, tableColumns } from "./sequence_places.ts";
 import { checkSinks, checkSoftCap, checkWindow } from "./score_options.ts";
-import {
-  type AnyTensor,
-  checkTensor,
-  denseStrides,
-  type DType,
-  dtypeOf,
-  elementCount,
-  isGpuTensor,
-  kindOf,
-} from "./tensor.ts";
+import { type AnyTensor, checkTensor, denseStrides, type DType, dtypeOf, isGpuTensor, kindOf } from "./tensor.ts";
 
 /** How the rows of a cache are laid out. */
 export interface CacheLayout {
@@ -29,9 +21,6 @@ export interface CacheLayout {
   /** Tokens of a batch item of a tensor without pages; 0 with pages. */
   readonly keyLength: number;
 }
-
-/** Lengths of sequences: one integer each. */
-export type SeqLens = Int32Array | readonly number[] | AnyIndexTensor;
 
 /** The tensors of a call, but for the cache itself. */
 export interface DecodeTensors<Query extends AnyTensor = AnyTensor> {
@@ -124,7 +113,7 @@ function fail(why: string): never {
 }
 
 /**
- * Validates one call and names its dimensions. Page numbers are checked by {@link checkPages}.
+ * Validates one call and names its dimensions. Page numbers are checked by `checkPages`.
  *
  * @param tensors The tensors of the call.
  * @param cache The layout of the cache; of a tensor without pages when `kvLoraRank` is still to be found.
@@ -169,9 +158,9 @@ export function decodeProblem(
   const sequences = tensors.cuSeqlens === undefined ? batch : tensors.cuSeqlens.length - 1;
   const tokenStarts = tensors.cuSeqlens === undefined
     ? Array.from({ length: batch + 1 }, (_, i) => i * queryLength)
-    : checkOffsets(tensors.cuSeqlens, batch, queryLength, "query");
+    : checkOffsets(tensors.cuSeqlens, batch, queryLength, "query", fail);
   const paged = cache.pageSize > 0;
-  const maxPages = paged ? tableColumns(blockTable, sequences) : 0;
+  const maxPages = paged ? tableColumns(blockTable, sequences, fail) : 0;
   if (!paged && blockTable !== undefined) {
     fail("blockTable is given with a cache tensor that has no pages; pass a LatentCache");
   }
@@ -183,6 +172,7 @@ export function decodeProblem(
       sequences,
       capacity,
       paged ? `${maxPages} pages of ${cache.pageSize} tokens` : "the cache tensor",
+      fail,
     );
 
   if (lens === null && tensors.cuSeqlens !== undefined) {
@@ -224,135 +214,6 @@ export function decodeProblem(
       ...(wVc && { wVc: dtypeOf(wVc) }),
     },
   };
-}
-
-/** How many hold each page; undefined for a cache that does not count. */
-type Holders = (page: number) => number;
-
-/**
- * Throws unless every page that a sequence's keys lie in is one of the cache's, and held.
- *
- * @param table The block table, on the host.
- * @param seqLens Keys of each sequence.
- * @param cache The cache's layout.
- * @param holders How many hold a page.
- * @param refuse Throws, saying why.
- */
-export function checkPages(
-  table: IndexTensor,
-  seqLens: readonly number[],
-  { pageSize, pages }: Pick<CacheLayout, "pageSize" | "pages">,
-  holders: Holders,
-  refuse: (why: string) => never = fail,
-): void {
-  const columns = table.shape[1];
-  seqLens.forEach((keys, sequence) => {
-    for (let column = 0; column * pageSize < keys; column++) {
-      checkPage(table.data[sequence * columns + column], sequence, column, pages, holders, refuse);
-    }
-  });
-}
-
-/** Throws unless a block table's entry is a page of the cache that somebody holds. */
-export function checkPage(
-  page: number,
-  sequence: number,
-  column: number,
-  pages: number,
-  holders: Holders,
-  refuse: (why: string) => never,
-): void {
-  const where = `blockTable[${sequence}, ${column}] is ${page}`;
-  if (page < 0 || page >= pages) refuse(`${where}, outside the cache, which has pages 0 to ${pages - 1}`);
-  if (holders(page) === 0) refuse(`${where}, a page that was freed or never allocated; cache.allocate() gives pages`);
-}
-
-/** The columns of a block table that has a row for each sequence. */
-export function tableColumns(
-  table: AnyIndexTensor | undefined,
-  sequences: number,
-  refuse: (why: string) => never = fail,
-): number {
-  if (table === undefined) {
-    refuse("blockTable is missing; expected integers [sequences, maxPages], the pages of each sequence");
-  }
-  checkIndexTensor("blockTable", table);
-  if (table.shape.length !== 2) {
-    refuse(`blockTable must have 2 axes [sequences, maxPages], got shape [${table.shape.join(", ")}]`);
-  }
-  if (table.shape[0] !== sequences) refuse(`blockTable has ${table.shape[0]} rows, there are ${sequences} sequences`);
-  return table.shape[1];
-}
-
-/** The keys of each sequence, or null where they are on a GPU. */
-export function checkSeqLens(
-  seqLens: SeqLens | undefined,
-  sequences: number,
-  capacity: number,
-  place: string,
-  refuse: (why: string) => never = fail,
-): readonly number[] | null {
-  if (seqLens === undefined) refuse("seqLens is missing; expected an Int32Array, the keys of each sequence");
-  if (isGpuIndex(seqLens)) {
-    checkIndexTensor("seqLens", seqLens);
-    if (elementCount(seqLens.shape) !== sequences) {
-      refuse(`seqLens has shape [${seqLens.shape}], there are ${sequences} sequences`);
-    }
-    return null;
-  }
-  const list = integers("seqLens", seqLens, refuse);
-  if (list.length !== sequences) refuse(`seqLens has ${list.length} lengths, there are ${sequences} sequences`);
-  list.forEach((keys, sequence) => {
-    if (keys < 0) refuse(`seqLens[${sequence}] must not be negative, got ${keys}`);
-    if (keys > capacity) refuse(`seqLens[${sequence}] is ${keys}, more than the ${capacity} tokens of ${place}`);
-  });
-  return list;
-}
-
-/** Integers on the host, however they are given. */
-function integers(
-  name: string,
-  given: Exclude<SeqLens, { buffer: GPUBuffer }>,
-  refuse: (why: string) => never,
-): number[] {
-  if (typeof given === "object" && given !== null && "data" in given) {
-    checkIndexTensor(name, given);
-    return Array.from(given.data);
-  }
-  if (!(given instanceof Int32Array) && !Array.isArray(given)) {
-    refuse(`${name} must be an Int32Array, an array of numbers, or integers on a GPU, got ${kindOf(given)}`);
-  }
-  const list = Array.from(given as ArrayLike<number>);
-  list.forEach((value, i) => {
-    if (!Number.isSafeInteger(value)) refuse(`${name} must hold integers, got ${kindOf(value)} at index ${i}`);
-  });
-  return list;
-}
-
-/** Offsets of sequences packed along the sequence axis of batch 1. */
-export function checkOffsets(
-  offsets: Int32Array | Uint32Array | readonly number[],
-  batch: number,
-  length: number,
-  name: string,
-  refuse: (why: string) => never = fail,
-): number[] {
-  if (!(offsets instanceof Int32Array || offsets instanceof Uint32Array || Array.isArray(offsets))) {
-    refuse(`cuSeqlens must be an Int32Array, a Uint32Array or an array of numbers, got ${kindOf(offsets)}`);
-  }
-  const list = Array.from(offsets as ArrayLike<number>);
-  if (batch !== 1) refuse(`cuSeqlens packs sequences into batch 1, ${name} has batch ${batch}`);
-  if (list.length === 0) refuse("cuSeqlens must hold n + 1 offsets, got none");
-  list.forEach((offset, i) => {
-    if (!Number.isSafeInteger(offset)) refuse(`cuSeqlens must hold integers, got ${kindOf(offset)} at index ${i}`);
-    if (i === 0 && offset !== 0) refuse(`cuSeqlens must start at 0, got ${offset}`);
-    if (i > 0 && offset < list[i - 1]) {
-      refuse(`cuSeqlens must not decrease, got ${list[i - 1]} then ${offset} at index ${i}`);
-    }
-  });
-  const last = list[list.length - 1];
-  if (last !== length) refuse(`cuSeqlens must end at the ${length} tokens of ${name}, got ${last}`);
-  return list;
 }
 
 /** The shape of the result, `[batch, queryLength, queryHeads, vHeadDim]`. */

@@ -2,6 +2,7 @@ import type { Dropout, DropoutOptions } from "./dropout.ts";
 import { cannotRun as fail } from "./errors.ts";
 import { toFloats } from "./half.ts";
 import { checkDropout, checkScoreTerm, checkSinks, checkSoftCap, checkWindow } from "./score_options.ts";
+import { checkOffsets } from "./sequence_places.ts";
 import {
   type AnyMask,
   type AnyTensor,
@@ -356,25 +357,10 @@ function checkCuSeqlens(
   keyLength: number,
 ): number[] | null {
   if (offsets === undefined) return null;
-  if (!(offsets instanceof Int32Array || offsets instanceof Uint32Array || Array.isArray(offsets))) {
-    fail(`cuSeqlens must be an Int32Array, a Uint32Array or an array of numbers, got ${kindOf(offsets)}`);
-  }
-  const list = Array.from(offsets as ArrayLike<number>);
-  if (batch !== 1) fail(`cuSeqlens packs sequences into batch 1, query has batch ${batch}`);
-  if (queryLength !== keyLength) {
+  if (batch === 1 && queryLength !== keyLength) {
     fail(`cuSeqlens needs as many queries as keys, query has length ${queryLength} and keyValue ${keyLength}`);
   }
-  if (list.length === 0) fail("cuSeqlens must hold n + 1 offsets, got none");
-  list.forEach((offset, i) => {
-    if (!Number.isSafeInteger(offset)) fail(`cuSeqlens must hold integers, got ${kindOf(offset)} at index ${i}`);
-    if (i === 0 && offset !== 0) fail(`cuSeqlens must start at 0, got ${offset}`);
-    if (i > 0 && offset < list[i - 1]) {
-      fail(`cuSeqlens must not decrease, got ${list[i - 1]} then ${offset} at index ${i}`);
-    }
-  });
-  const last = list[list.length - 1];
-  if (last !== queryLength) fail(`cuSeqlens must end at the sequence length ${queryLength}, got ${last}`);
-  return list;
+  return checkOffsets(offsets, batch, queryLength, "query", fail);
 }
 
 function dtypesOf(inputs: MlaInputs): MlaProblem["dtype"] {
