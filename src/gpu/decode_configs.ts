@@ -6,10 +6,10 @@ import type { DecodeProblem } from "../op/decode_problem.ts";
 import { FlashMLAError } from "../op/errors.ts";
 import { ceilPowerOfTwo } from "../op/length_bucket.ts";
 import type { Capabilities } from "./capabilities.ts";
-import { rowBlocks } from "./decode_schedule.ts";
 import * as plain from "./kernels/absorbed_attend.ts";
 import type { AbsorbedShape, RowStorage } from "./kernels/absorbed_operands.ts";
 import * as matrix from "./kernels/matrix_absorbed_attend.ts";
+import { type MatrixAbsorbedTile, whyInvalid as whyMatrixInvalid } from "./kernels/matrix_absorbed_layout.ts";
 
 /** A kernel of absorbed attention under one configuration. */
 export interface Attends {
@@ -26,7 +26,7 @@ export function attendsBy(cfg: DecodeConfig, capabilities: Capabilities): Attend
   return { query: "halves", wgsl: (shape) => matrix.wgsl(tile, shape, capabilities.matrixUnits!) };
 }
 
-function matrixTile({ blockRows, blockK, numWarps, pinned }: DecodeConfig): matrix.MatrixAbsorbedTile {
+function matrixTile({ blockRows, blockK, numWarps, pinned }: DecodeConfig): MatrixAbsorbedTile {
   return { blockRows, blockK, subgroups: numWarps, pinned };
 }
 
@@ -66,7 +66,7 @@ export function whyInvalid(cfg: DecodeConfig, problem: DecodeProblem, capabiliti
   if (!cfg.matrixUnits) return plain.whyInvalid(cfg, shape, capabilities);
   if (capabilities.matrixUnits === null) return "matrixUnits is true, the device has none that kernels may use";
   if (problem.cache.dtype !== "f16") return 'matrixUnits is true, which is for a cache of dtype "f16"';
-  return matrix.whyInvalid(matrixTile(cfg), shape, capabilities);
+  return whyMatrixInvalid(matrixTile(cfg), shape, capabilities);
 }
 
 type Tile = Pick<DecodeConfig, "blockRows" | "blockK" | "numWarps">;
@@ -74,6 +74,7 @@ type Tile = Pick<DecodeConfig, "blockRows" | "blockK" | "numWarps">;
 const matrixTiles: readonly Tile[] = [
   { blockRows: 64, blockK: 16, numWarps: 8 },
   { blockRows: 32, blockK: 16, numWarps: 8 },
+  { blockRows: 16, blockK: 32, numWarps: 8 },
   { blockRows: 16, blockK: 16, numWarps: 8 },
   { blockRows: 16, blockK: 16, numWarps: 4 },
   { blockRows: 16, blockK: 16, numWarps: 2 },
@@ -81,12 +82,15 @@ const matrixTiles: readonly Tile[] = [
 
 const gpuTiles: readonly Tile[] = [
   { blockRows: 16, blockK: 32, numWarps: 8 },
-  { blockRows: 16, blockK: 16, numWarps: 4 },
-  { blockRows: 32, blockK: 16, numWarps: 8 },
-  { blockRows: 8, blockK: 16, numWarps: 4 },
-  { blockRows: 4, blockK: 16, numWarps: 4 },
+  { blockRows: 16, blockK: 16, numWarps: 8 },
+  { blockRows: 16, blockK: 8, numWarps: 4 },
+  { blockRows: 4, blockK: 32, numWarps: 4 },
+  { blockRows: 4, blockK: 16, numWarps: 2 },
+  { blockRows: 16, blockK: 4, numWarps: 2 },
   { blockRows: 4, blockK: 8, numWarps: 2 },
   { blockRows: 4, blockK: 4, numWarps: 2 },
+  // 512 + 64 floats in 16 KiB without subgroups: 13.7 KB, where twice the invocations store twice the sums.
+  { blockRows: 4, blockK: 4, numWarps: 1 },
 ];
 
 const softwareTiles: readonly Tile[] = [
@@ -96,7 +100,7 @@ const softwareTiles: readonly Tile[] = [
 ];
 
 /** Workgroups that splitting may aim at: a data-centre card has 132 multiprocessors, a laptop's a tenth of that. */
-const aims: readonly number[] = [256, 128, 512, 64];
+const aims: readonly number[] = [128, 256, 64, 512];
 
 /** Tiles that are measured. */
 const triedTiles = 3;
@@ -119,7 +123,7 @@ export function candidateConfigs(problem: DecodeProblem, capabilities: Capabilit
   const rows = mostRows(problem);
   const useful = ({ blockRows }: Tile, least: number) => blockRows <= Math.max(least, ceilPowerOfTwo(rows));
   const onMatrixUnits = matrixTiles.filter((tile) => useful(tile, 16))
-    .map((tile): DecodeConfig => ({ ...base, ...tile, matrixUnits: true, pinned: true }))
+    .map((tile): DecodeConfig => ({ ...base, ...tile, matrixUnits: true }))
     .filter(valid);
   const onPlain = (software ? softwareTiles : gpuTiles).filter((tile) => useful(tile, 4))
     .flatMap((tile): DecodeConfig[] => {
@@ -138,7 +142,8 @@ export function candidateConfigs(problem: DecodeProblem, capabilities: Capabilit
   }
   if (problem.splitKeys !== null || software) return found.slice(0, 1);
   const [guess, ...others] = found;
-  return [guess, ...aims.slice(1).map((workgroups) => ({ ...guess, workgroups })), ...others];
+  const pinned = { ...guess, pinned: true };
+  return [guess, ...others, pinned, ...aims.slice(1).map((workgroups) => ({ ...guess, workgroups }))];
 }
 
 /** Query rows of the sequence that has most; with fixed splits, which no batch may change, those of one token. */
@@ -146,9 +151,4 @@ function mostRows({ tokenStarts, queryHeads, splitKeys }: DecodeProblem): number
   if (splitKeys !== null) return queryHeads;
   return queryHeads *
     tokenStarts.reduce((most, start, i) => Math.max(most, start - tokenStarts[Math.max(0, i - 1)]), 1);
-}
-
-/** How many workgroups a problem makes without splits. */
-export function unsplitBlocks(problem: DecodeProblem, blockRows: number): number {
-  return rowBlocks(problem, blockRows).length;
 }

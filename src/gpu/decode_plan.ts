@@ -151,14 +151,16 @@ function attention(
     workgroups: [gridX, Math.ceil(schedule.itemCount / gridX)],
   }));
   if (schedule.mergeCount === 0) return attended;
+  // Lanes decide in which order splits are added up: with splits of a fixed length nothing of the batch may.
+  const lanes = problem.splitKeys === null ? merge.mergeLanes(schedule.mostSplits) : merge.fixedLanes;
   const merging: KernelStep = {
     label: "merge splits",
-    code: merge.wgsl(whole, blockRows),
+    code: merge.wgsl(whole, blockRows, lanes),
     bindings: { 0: steps.params(absorbedParams(params(caches[0]))), 1: schedule.merges, ...ends },
     workgroups: [
       Math.min(schedule.mergeCount, most),
       blockRows * Math.ceil(schedule.mergeCount / most),
-      Math.ceil(resultQuads(problem) / merge.mergeQuads),
+      Math.ceil(resultQuads(problem) / merge.mergeQuads(lanes)),
     ],
   };
   return [...attended, merging];

@@ -37,6 +37,8 @@ export interface DecodeSchedule {
   readonly mergeCount: number;
   /** Slots of partial results. */
   readonly slots: number;
+  /** Most of them that one entry has. */
+  readonly mostSplits: number;
 }
 
 /** Keys below which a split is not worth its merging. */
@@ -143,5 +145,6 @@ export function decodeSchedule(
     merges: Uint32Array.from(merges.length === 0 ? [0, 0, 0, 0] : merges),
     mergeCount: merges.length / mergeWords,
     slots,
+    mostSplits: parts.reduce((most, own) => Math.max(most, own.length * shards), 0),
   };
 }

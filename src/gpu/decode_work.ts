@@ -20,6 +20,8 @@ export interface BoundWork {
   readonly mergeCount: number;
   /** Slots of partial results. */
   readonly slots: number;
+  /** Most of them that one entry of the merging kernel has. */
+  readonly mostSplits: number;
   /** Bytes of one. */
   readonly slotBytes: number;
 }
@@ -80,6 +82,7 @@ function workOnGpu(call: DecodeCall, shards: number, maxSlots: number, before: K
     itemCount: blocks * maxSplits,
     mergeCount: blocks,
     slots: blocks * maxSplits * shards,
+    mostSplits: maxSplits * shards,
     slotBytes: blockRows * resultQuads(problem) * 16,
   };
 }

@@ -1,25 +1,28 @@
 // Attention of absorbed queries over latent rows, online softmax, without matrix units: decoding on any device.
 //
-//   one workgroup = one work item: blockRows query rows of one sequence; its latents stream through workgroup memory
-//   blockK keys at a time, are read from storage once for all rows, and serve as keys (all of them) and as values (the
-//   first L columns)
+//   one workgroup = one work item: blockRows query rows of one sequence. Its latents stream through workgroup memory blockK
+//   keys at a time, read from storage once for all rows; all columns of a block serve as keys, the first L as values
 //
-//   scores:  invocation (slice, rg, kg) owns a patch of patchRows rows × 4 keys over every SLICES-th quad of columns; rows
-//            r·ROW_GROUPS + rg, keys j·KEY_GROUPS + kg. Query quads come from storage: all key blocks read the same few,
-//            which the first-level cache holds; copies in workgroup memory would leave it no room for latents
+//   scores:  the columns are cut into 16 slices or more; an invocation multiplies its slice of four query rows by four keys
+//            at a time, and keeps the queries in registers from the first block to the last
 //   sums:    slices meet in workgroup memory; with subgroups, four of them by shuffles before
-//   softmax: invocation (row, kg) has four scores of one row; maxima meet by shuffles or through workgroup memory
-//   values:  invocation (rg, x) owns rows × column quads of the unnormalised result, in registers, from the first key block
-//            to the last; probabilities come through workgroup memory
+//   softmax: an invocation has four scores of one row; maxima meet by shuffles or through workgroup memory
+//   values:  an invocation owns rows × column quads of the unnormalised result, in registers; probabilities come through
+//            workgroup memory
 //
-// Workgroup memory, in quads of four columns (16 bytes of floats, 8 of halves) and in vec4<f32>:
-//   latents  blockK · (row quads + padding)                      16 keys of 576 halves: 18.9 KB
-//   sums     stored slices · (blockRows · blockK/4 + padding)    at most 16 bytes · workgroup size · patchRows: 17.4 KB of 128
-//                                                                invocations with 8 rows each; 4.4 KB with subgroups
-//   probs    blockK · (blockRows/4 + 1)
+// Keys of a block are j·KEY_GROUPS + g with j from 0 to 3, rows of a score patch r·ROW_GROUPS + g: neighbours read
+// neighbouring rows, and a staged row is an odd number of four quads long, which keeps them off each other's banks.
 //
-// A score patch of 8 × 4 costs 8 + 4 loads and 16 conversions of halves for 128 multiply-adds, a value step of 16 rows × 4
-// columns 5 loads and 4 conversions for 64: larger patches need more registers than they save loads.
+// Workgroup memory:                                                          16 × 32, 256 invocations, 576 halves
+//   latents  blockK · (columns + padding), as stored                         37.9 KB
+//   sums     stored slices · (blockRows · blockK/4 + 4) vec4                  8.4 KB with subgroups, 33.8 KB without
+//   probs    blockK · (blockRows/4 + 1) vec4                                  2.6 KB
+//
+// Why queries in registers: they are too large for workgroup memory beside the latents (36.9 KB in float32), and read anew
+// for each block their loads took up to a third of the time. Queries that come as halves are faster, perhaps because
+// compilers keep them packed: 0.35 against 0.39 ms for 32 sequences of 8192 keys, 16 heads, on an H100 with wgpu. With the
+// steps over values copied out instead of looped over, that is 0.33 ms. All this makes long code. Tiles without subgroups
+// are for software adapters and old devices: they read queries where they need them and loop, to compile in seconds.
 //
 // Masking is by selection: a masked score becomes the sentinel and its probability 0. Where rows may see different keys,
 // blocks that mask replace what is not finite in the latents by 0 between scores and values: a row that sees such a latent
@@ -43,49 +46,59 @@ export type AbsorbedTile = Pick<DecodeConfig, "blockRows" | "blockK" | "numWarps
 /** What the layout depends on. */
 type Widths = Pick<AbsorbedShape, "kvLoraRank" | "qkRopeHeadDim" | "cache">;
 
-/** Most slices that a score's columns are cut into where a smaller patch can help it. */
-const fewSlices = 16;
+/** Query quads that an invocation keeps of each of its four rows, at most where more slices can avoid it. */
+const residentQuads = 10;
 
 /** How invocations are laid over scores, over latents on their way, and over values. */
 interface ThreadMap {
   readonly workgroupSize: number;
-  /** Rows of a score patch; it has four keys. */
-  readonly patchRows: number;
+  /** Scores: rows and keys of a block in fours, slices of the columns, and key groups at a time. */
   readonly rowGroups: number;
   readonly keyGroups: number;
   readonly slices: number;
-  /** Slices of neighbouring invocations. */
-  readonly nearSlices: number;
+  readonly keyColumns: number;
   /** Slices that are summed by shuffles: 4 or 1. */
   readonly shuffled: number;
   /** Invocations that load one key. */
   readonly loaders: number;
-  /** Invocations along the columns of values. */
+  /** Values: invocations along columns and along rows, and rows and column quads of each. */
   readonly valueColumns: number;
   readonly valueRowGroups: number;
-  /** Rows and column quads of one invocation's values. */
   readonly valueRows: number;
   readonly valueQuads: number;
 }
 
-function threadMap(tile: AbsorbedTile, shape: Pick<AbsorbedShape, "kvLoraRank">): ThreadMap {
+function threadMap(tile: AbsorbedTile, shape: Widths): ThreadMap {
   const { blockRows, blockK } = tile;
   const workgroupSize = tile.numWarps * 32;
-  const keyGroups = blockK / 4;
-  const slicesFor = (patchRows: number) => workgroupSize / (keyGroups * blockRows / patchRows);
-  const patchRows = blockRows % 8 === 0 && slicesFor(8) <= fewSlices ? 8 : 4;
-  const slices = slicesFor(patchRows);
+  const [rowGroups, keyGroups] = [blockRows / 4, blockK / 4];
+  const depthQuads = Math.ceil((shape.kvLoraRank + shape.qkRopeHeadDim) / 4);
   const columnQuads = resultQuads(shape);
-  const valueColumns = Math.min(workgroupSize, 2 ** Math.ceil(Math.log2(columnQuads)));
-  let valueRowGroups = Math.min(blockRows / 4, Math.floor(workgroupSize / valueColumns));
-  while ((blockRows / 4) % valueRowGroups !== 0) valueRowGroups--;
+
+  const keyColumnsOf = (slices: number) => workgroupSize / (rowGroups * slices);
+  let slices = 16;
+  while (keyColumnsOf(slices) > keyGroups || (depthQuads > residentQuads * slices && keyColumnsOf(slices) % 2 === 0)) {
+    slices *= 2;
+  }
+
+  const rowGroupsOf = (columns: number) => {
+    let groups = Math.min(rowGroups, Math.floor(workgroupSize / columns));
+    while (rowGroups % groups !== 0) groups--;
+    return groups;
+  };
+  // Eight rows of an invocation share a conversion; beyond, wider is better than taller.
+  let valueColumns = Math.min(workgroupSize, 2 ** Math.ceil(Math.log2(columnQuads)));
+  while (
+    blockRows / rowGroupsOf(valueColumns) > 8 && valueColumns % 2 === 0 &&
+    rowGroupsOf(valueColumns / 2) > rowGroupsOf(valueColumns)
+  ) valueColumns /= 2;
+  const valueRowGroups = rowGroupsOf(valueColumns);
   return {
     workgroupSize,
-    patchRows,
-    rowGroups: blockRows / patchRows,
+    rowGroups,
     keyGroups,
     slices,
-    nearSlices: slices % 4 === 0 ? 4 : 1,
+    keyColumns: keyColumnsOf(slices),
     shuffled: tile.subgroups ? 4 : 1,
     loaders: workgroupSize / blockK,
     valueColumns,
@@ -135,23 +148,20 @@ export function whyInvalid(
   }
   if (blockRows % 4 !== 0) return `blockRows must be a multiple of 4, got ${blockRows}`;
   if (blockK % 4 !== 0) return `blockK must be a multiple of 4, got ${blockK}`;
-  const { workgroupSize, patchRows, keyGroups, slices, loaders, valueRows, valueQuads } = threadMap(tile, shape);
+  const { workgroupSize, rowGroups, keyGroups, keyColumns, loaders, valueRows, valueQuads } = threadMap(tile, shape);
   if (workgroupSize < blockRows * keyGroups) {
     return `numWarps ${numWarps} gives ${workgroupSize} invocations for the ${
       blockRows * keyGroups
     } score quads of a block`;
   }
-  if (!Number.isInteger(slices)) {
-    return `numWarps ${numWarps} gives ${workgroupSize} invocations, not a multiple of the ${
-      blockRows * keyGroups / patchRows
-    } score patches`;
+  if (!Number.isInteger(keyColumns) || keyGroups % keyColumns !== 0) {
+    return `numWarps ${numWarps} gives ${workgroupSize} invocations, which do not divide into ${rowGroups} × ${keyGroups} patches`;
   }
   if (!Number.isInteger(loaders)) {
     return `numWarps ${numWarps} gives ${workgroupSize} invocations, not a multiple of blockK ${blockK}`;
   }
   if (tile.subgroups) {
     if (subgroups === null) return "subgroups is true, the device has none";
-    if (slices % 4 !== 0) return `subgroups is true: ${slices} slices are not a multiple of 4`;
     const most = Math.max(4, keyGroups);
     if (most > subgroups.minSize || (keyGroups & (keyGroups - 1)) !== 0) {
       return `subgroups is true: ${most} invocations do not share a subgroup of ${subgroups.minSize}`;
@@ -247,20 +257,8 @@ export function wgsl(
 ): string {
   const { blockRows, blockK, subgroups, pinned } = tile;
   const { kvLoraRank: L, qkRopeHeadDim: R, cache, bounded, sharded, sinkQuads, lse } = shape;
-  const {
-    workgroupSize,
-    patchRows,
-    rowGroups,
-    keyGroups,
-    slices,
-    nearSlices,
-    shuffled,
-    loaders,
-    valueColumns,
-    valueRowGroups,
-    valueRows,
-    valueQuads,
-  } = threadMap(tile, shape);
+  const { workgroupSize, rowGroups, keyGroups, slices, keyColumns, shuffled, loaders } = threadMap(tile, shape);
+  const { valueColumns, valueRowGroups, valueRows, valueQuads } = threadMap(tile, shape);
   const halves = cache === "halves";
   const depthQuads = Math.ceil((L + R) / 4);
   const pieces = rowQuads(shape, cache);
@@ -292,27 +290,35 @@ ${indent(eachPiece((register, piece) => `${register} = cache[start + ${piece}];`
       : `latents[loadedKey / KEY_GROUPS][loadedKey % KEY_GROUPS][${piece}] = ${register};`
   );
 
-  const multiplyScores = `${unroll(4, (j) => `let k${j} = columnsOf(latents[${j}][kg][quad]);`)}
-${unroll(4, (i) => `let c${i} = vec4<f32>(${[0, 1, 2, 3].map((j) => `k${j}[${i}]`).join(", ")});`)}
+  /** A statement for every quad that a slice has of the columns; of the last, some slices have none. */
+  const eachQuad = (emit: (step: number, quad: string) => string) =>
+    unroll(Math.ceil(depthQuads / slices), (i) => {
+      const quad = `slice + ${i * slices}u`;
+      const all = (i + 1) * slices <= depthQuads;
+      return `${all ? "" : `if (${quad} < ${depthQuads}u) `}{\n${indent(emit(i, quad), 2)}\n}`;
+    });
+  const loadQueries = eachQuad((i, quad) => unroll(4, (r) => `q${r}_${i} = queryQuad(query${r}, ${quad});`));
+  const multiplyQuad = (query: (row: number) => string) =>
+    `${unroll(4, (j) => `let k${j} = columnsOf(latents[${j}][keys][quad]);`)}
+${unroll(4, (r) => `let a${r} = ${query(r)};`)}
 ${
-    unroll(patchRows, (r) =>
-      `{
-  let q = queryQuad(query${r}, quad);
-${unroll(4, (i) => `  s${r} = fma(vec4<f32>(q[${i}]), c${i}, s${r});`)}
-}`)
-  }`;
-  const overSlice = depthQuads % slices === 0
-    ? `for (var i = 0u; i < ${depthQuads / slices}u; i += 1u) {
-  let quad = i * SLICES + slice;
-${indent(multiplyScores, 2)}
-}`
-    : `for (var quad = slice; quad < ${depthQuads}u; quad += SLICES) {
-${indent(multiplyScores, 2)}
+      unroll(4, (x) =>
+        `let c${x} = vec4<f32>(${[0, 1, 2, 3].map((j) => `k${j}[${x}]`).join(", ")});
+${unroll(4, (r) => `s${r} = fma(vec4<f32>(a${r}[${x}]), c${x}, s${r});`)}`)
+    }`;
+  const multiplyScores = subgroups
+    ? eachQuad((i, quad) => `let quad = ${quad};\n${multiplyQuad((r) => `q${r}_${i}`)}`)
+    : `for (var quad = slice; quad < ${depthQuads}u; quad += ${slices}u) {
+${indent(multiplyQuad((r) => `queryQuad(query${r}, quad)`), 2)}
 }`;
-  const shuffleSums = !subgroups ? "" : [1, 2].map((mask) => {
-    const kept = patchRows >> mask;
-    return unroll(kept, (r) => `s${r} += subgroupShuffleXor(s${r + kept}, ${mask}u);`);
-  }).join("\n");
+  // Each of four neighbours begins with another row, so that what one sends is what the other keeps.
+  const storeSums = subgroups
+    ? `s0 += subgroupShuffleXor(s2, 1u);
+s1 += subgroupShuffleXor(s3, 1u);
+s0 += subgroupShuffleXor(s1, 2u);
+sums[slice / 4u][row0 * KEY_GROUPS + keys] = s0;`
+    : unroll(4, (r) => `sums[slice][row${r} * KEY_GROUPS + keys] = s${r};`);
+  const row = (r: number) => subgroups ? `(${r}u ^ turn)` : `${r}u`;
 
   /** `value`, one scalar per invocation, combined over the KEY_GROUPS invocations of a row. */
   const overRow = (name: string, combine: (a: string, b: string) => string) =>
@@ -329,17 +335,26 @@ ${unroll(keyGroups - 1, (i) => `${name} = ${combine(name, `exchange[${i + 1}][sc
   const everyOutput = (emit: (name: string, row: number, quad: number) => string) =>
     unroll(valueRows, (r) => unroll(valueQuads, (c) => emit(`o${r}_${c}`, r, c)));
   const column = (c: number) => `valueColumn + ${c * valueColumns}u`;
+  const multiplyValues = (g: string) =>
+    unroll(4, (j) =>
+      `{
+${unroll(valueQuads, (c) => `  let v${c} = columnsOf(latents[${j}][${g}][column${c}]);`)}
+${unroll(rowQuadCount, (q) => `  let p${q} = probs[${j}][${g}][valueGroup * ${rowQuadCount}u + ${q}u];`)}
+${indent(everyOutput((o, r, c) => `${o} = fma(vec4<f32>(p${r >> 2}[${r & 3}]), v${c}, ${o});`), 2)}
+}`);
+  const overGroups = `for (var g = 0u; g < KEY_GROUPS; g += 1u) {
+${indent(multiplyValues("g"), 2)}
+}`;
 
   return `${directive}// MLA attention of absorbed queries over latent rows.
-// ${blockRows} rows × ${blockK} keys, ${workgroupSize} invocations; scores ${patchRows} × 4 over 1/${slices} of the columns, values ${valueRows} × ${
+// ${blockRows} rows × ${blockK} keys, ${workgroupSize} invocations; scores 4 × 4 over 1/${slices} of the columns, values ${valueRows} × ${
     4 * valueQuads
   }
 const BLOCK_ROWS = ${blockRows}u;
 const BLOCK_K = ${blockK}u;
 const ROW_GROUPS = ${rowGroups}u;
 const KEY_GROUPS = ${keyGroups}u;
-const SLICES = ${slices}u;
-const NEAR_SLICES = ${nearSlices}u;
+const KEY_COLUMNS = ${keyColumns}u;
 const LOADERS = ${loaders}u;
 const VALUE_COLUMNS = ${valueColumns}u;
 const VALUE_ROWS = ${valueRows}u;
@@ -364,21 +379,24 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
   let index = workgroup.x + workgroup.y * params.gridX;
   if (index >= params.itemCount) { return; }
   let item = items[index];
+  if (item.rows == 0u) { return; }
 
-  // Scores: a patch of rows and keys, and a slice of the columns.
-  let near = t % NEAR_SLICES;
-  let kg = (t / NEAR_SLICES) % KEY_GROUPS;
-  let rg = (t / (NEAR_SLICES * KEY_GROUPS)) % ROW_GROUPS;
-  let far = t / (NEAR_SLICES * KEY_GROUPS * ROW_GROUPS);
-  let slice = far * NEAR_SLICES + near;
-${
-    // Each of four neighbours begins with other rows, so that what one sends is what the other keeps.
-    subgroups ? `  let turn = (near & 1u) * ${patchRows / 2}u + (near >> 1u) * ${patchRows / 4}u;\n` : ""}${
-    unroll(patchRows, (r) =>
-      `  let row${r} = ${subgroups ? `(${r}u ^ turn)` : `${r}u`} * ROW_GROUPS + rg;
+  // Scores: four rows, some key groups, and a slice of the columns. Neighbours are slices, then key groups, then rows.
+  let keyColumn = (t / 4u) % KEY_COLUMNS;
+  let rowGroup = (t / (4u * KEY_COLUMNS)) % ROW_GROUPS;
+  let slice = t / (4u * KEY_COLUMNS * ROW_GROUPS) * 4u + t % 4u;
+${subgroups ? "  let turn = (t & 1u) * 2u + ((t >> 1u) & 1u);\n" : ""}${
+    unroll(4, (r) =>
+      `  let row${r} = ${row(r)} * ROW_GROUPS + rowGroup;
   let query${r} = params.queryBase + (item.row + min(row${r}, item.rows - 1u)) * QUERY_QUADS;`)
   }
-
+${
+    !subgroups
+      ? ""
+      : `${unroll(Math.ceil(depthQuads / slices), (i) => unroll(4, (r) => `  var q${r}_${i} = vec4<f32>();`))}
+${indent(loadQueries, 2)}
+`
+  }
   // Softmax: four scores of one row.
   let scoring = t < BLOCK_ROWS * KEY_GROUPS;
   let scoreKeys = t % KEY_GROUPS;
@@ -408,50 +426,47 @@ ${unroll(loads, (i) => `  var piece${i} = vec4<${word}>();`)}${sharded ? "\n  va
   for (var next = item.keyStart; ; next += BLOCK_K) {
     if (next < item.keyEnd) ${indent(loadNext, 4).trimStart()}
     if (next != item.keyStart) {
-    let keyBase = next - BLOCK_K;
-    let masking = ${masking(shape)};
+      let keyBase = next - BLOCK_K;
+      let masking = ${masking(shape)};
 
-    // Scores.
-${unroll(patchRows, (r) => `    var s${r} = vec4<f32>();`)}
-${indent(overSlice, 4)}
-${indent(shuffleSums, 4)}
-${unroll(patchRows / shuffled, (r) => `    sums[${subgroups ? "far" : "slice"}][row${r} * KEY_GROUPS + kg] = s${r};`)}
-    workgroupBarrier();
+      // Scores.
+      for (var h = 0u; h < KEY_GROUPS; h += KEY_COLUMNS) {
+        let keys = h + keyColumn;
+${unroll(4, (r) => `        var s${r} = vec4<f32>();`)}
+${indent(multiplyScores, 8)}
+${indent(storeSums, 8)}
+      }
+      workgroupBarrier();
 
-    // Softmax.
-    var score = vec4<f32>();
-    if (scoring) {
-${unroll(slices / shuffled, (i) => `      score += sums[${i}][t];`)}
-    }
-    score = scoreOf(score);
-${indent(maskScores(shape, keyGroups), 4)}
-    var newTop = max(max(score.x, score.y), max(score.z, score.w));
-${indent(overRow("newTop", (a, b) => `max(${a}, ${b})`), 4)}
-    newTop = max(newTop, top);
-    let prob = select(exp2(score - newTop), vec4<f32>(), score <= vec4<f32>(UNSEEN));
-    let decay = exp2(top - newTop);
-    total = total * decay + ((prob.x + prob.y) + (prob.z + prob.w));
-    top = newTop;
-    if (scoring) {
-${unroll(4, (j) => `      probs[${j}][scoreKeys][scoreRow / 4u][scoreRow % 4u] = prob[${j}];`)}
-      if (scoreKeys == 0u) { factors[scoreRow / 4u][scoreRow % 4u] = decay; }
-    }
-    workgroupBarrier();
-
-    // Values.
-${unroll(rowQuadCount, (q) => `    let decay${q} = factors[valueGroup * ${rowQuadCount}u + ${q}u];`)}
-${indent(everyOutput((o, r) => `${o} *= decay${r >> 2}[${r & 3}];`), 4)}
-    for (var g = 0u; g < KEY_GROUPS; g += 1u) {
+      // Softmax.
+      var score = vec4<f32>();
+      if (scoring) {
 ${
-    unroll(4, (j) =>
-      `      {
-${unroll(valueQuads, (c) => `        let v${c} = columnsOf(latents[${j}][g][column${c}]);`)}
-${unroll(rowQuadCount, (q) => `        let p${q} = probs[${j}][g][valueGroup * ${rowQuadCount}u + ${q}u];`)}
-${indent(everyOutput((o, r, c) => `${o} = fma(vec4<f32>(p${r >> 2}[${r & 3}]), v${c}, ${o});`), 8)}
-      }`)
+    subgroups
+      ? unroll(slices / shuffled, (i) => `        score += sums[${i}][t];`)
+      : `        for (var i = 0u; i < ${slices}u; i += 1u) { score += sums[i][t]; }`
   }
-    }
-    workgroupBarrier();
+      }
+      score = scoreOf(score);
+${indent(maskScores(shape, keyGroups), 6)}
+      var newTop = max(max(score.x, score.y), max(score.z, score.w));
+${indent(overRow("newTop", (a, b) => `max(${a}, ${b})`), 6)}
+      newTop = max(newTop, top);
+      let prob = select(exp2(score - newTop), vec4<f32>(), score <= vec4<f32>(UNSEEN));
+      let decay = exp2(top - newTop);
+      total = total * decay + ((prob.x + prob.y) + (prob.z + prob.w));
+      top = newTop;
+      if (scoring) {
+${unroll(4, (j) => `        probs[${j}][scoreKeys][scoreRow / 4u][scoreRow % 4u] = prob[${j}];`)}
+        if (scoreKeys == 0u) { factors[scoreRow / 4u][scoreRow % 4u] = decay; }
+      }
+      workgroupBarrier();
+
+      // Values.
+${unroll(rowQuadCount, (q) => `      let decay${q} = factors[valueGroup * ${rowQuadCount}u + ${q}u];`)}
+${indent(everyOutput((o, r) => `${o} *= decay${r >> 2}[${r & 3}];`), 6)}
+${indent(subgroups ? unroll(keyGroups, (g) => multiplyValues(`${g}`)) : overGroups, 6)}
+      workgroupBarrier();
     }
     if (next >= item.keyEnd) { break; }
 ${indent(stage, 4)}${

@@ -5,15 +5,25 @@
 //   scores   the subgroups split rows × keys × depth, as far as there are row and key fragments; the rest splits depth, and
 //            the softmax adds up what each part of the depth gave. Queries stay in registers.
 //   outputs  each subgroup owns every n-th column fragment for all rows, in registers.
-//   two barriers to a key block, the latents in two buffers:
+//   up to 16 keys to a block: the latents in two buffers, two barriers
 //     one    outputs += probabilities · latents of block i − 1; scores of block i
 //     other  store latents of i + 1, load those of i + 2, look up where those of i + 3 are; softmax of block i
+//   more keys: one buffer, four barriers, behind outputs of i − 1, latents of i, scores of i, softmax of i
 //
-// Workgroup memory in quads of 16 bytes (512 + 64 wide, 64 × 16, 8 subgroups: 48,912 bytes):
-//   latents  2 · blockK · (D/8 + 1)       scores  blockRows · (parts · blockK/4 + 1)       D = L + R in whole fragments
-//   probs    blockRows · blockK / 8, as 16 × 16 blocks                                   parts: of the depth
-// Registers of an invocation there: outputs 128, queries 72, scores 8, latents on their way 20. 16 rows with 8 subgroups
-// take 32 + 20 + 8 + 20, and two workgroups share a multiprocessor.
+// Workgroup memory in quads of 16 bytes (512 + 64 wide; 64 × 16: 48,912 bytes, 16 × 32: 46,928):
+//   latents  buffers · blockK · (D/8 + 1)       scores  blockRows · (parts · blockK/4 + 1)       D = L + R in whole fragments
+//   probs    blockRows · blockK / 8, as 16 × 16 blocks                                         parts: of the depth
+// Registers of an invocation with 64 × 16: outputs 128, queries 72, scores 8, latents on their way 20; with 16 × 32: 32 + 36
+// + 8 + 36.
+//
+// Few rows are bound by memory, and one workgroup is resident on a multiprocessor: 32 keys on their way draw 2,590 GB/s
+// where twice 16 drew 2,025 (H100, B 32, H 16, Sk 8192, attention alone). Many rows have no registers left for 32.
+// The softmax is everybody's: invocations that share a quad of keys add up the parts of the depth between them.
+//
+// What a subgroup does stands in a case of its own, so that fragments lie at constant places: for others Dawn checks the
+// bounds, which makes each load a branch. Only the choice of the buffer is left, to an array index, as which it is clamped.
+// 64 rows on an H100, B 128, H 128, Sk 4096: 26 → 187 TFLOP/s. Outputs and scores share one case: apart they gave 66.
+// Without gain: two blocks of 16 keys on their way (16 rows, B 32, Sk 8192: 146 µs for 144), four subgroups (169 for 150).
 //
 // Outputs are rescaled as in matrix_attend.ts: through workgroup memory, outside of the inner loop, and only when a row's
 // maximum has grown by more than 8 (log2 units). Other rows are then multiplied by exactly 1: a row's result does not
@@ -23,8 +33,8 @@
 // infinite would spoil rows that do not see it through 0 · NaN, so blocks that mask some rows clear it between the score
 // products and the value products. A row that sees it still becomes NaN, through its score.
 
-import type { Capabilities } from "../capabilities.ts";
 import { absorbedDeclarations, absorbedFunctions, type AbsorbedShape, rowQuads } from "./absorbed_operands.ts";
+import { matrixAbsorbedLayout, type MatrixAbsorbedTile, ownStride } from "./matrix_absorbed_layout.ts";
 import { halfRange } from "./matrix_scratch.ts";
 import {
   fragmentQuads,
@@ -32,124 +42,16 @@ import {
   type MatrixBackend,
   type MatrixMemory,
   matrixUnit,
-  memoryBytes,
   subgroupSize,
 } from "./matrix_unit.ts";
 import { indent, unroll } from "./register_tile.ts";
 
-/** The tile of one kernel. */
-export interface MatrixAbsorbedTile {
-  /** Query rows of a workgroup: 16, 32 or 64. */
-  readonly blockRows: number;
-  /** Keys of a block. */
-  readonly blockK: number;
-  /** Subgroups of a workgroup. */
-  readonly subgroups: number;
-  /** Whether the cache is bound as writable, which keeps some drivers from moving its loads to where they are used. */
-  readonly pinned: boolean;
-  readonly variant?: string;
-}
-
-/** What of a shape a layout depends on. */
-type LatentWidths = Pick<AbsorbedShape, "kvLoraRank" | "qkRopeHeadDim">;
-
-/** How a tile is laid out. */
-interface Layout {
-  readonly workgroupSize: number;
-  readonly rowFragments: number;
-  readonly keyFragments: number;
-  readonly depthFragments: number;
-  readonly columnFragments: number;
-  /** How subgroups split the scores. */
-  readonly rowGroups: number;
-  readonly keyGroups: number;
-  readonly depthParts: number;
-  /** Fragments of one subgroup, at the most. */
-  readonly ownRows: number;
-  readonly ownKeys: number;
-  readonly ownDepth: number;
-  readonly ownColumns: number;
-  /** Invocations to a row in the softmax. */
-  readonly rowThreads: number;
-  /** Invocations to a latent row, and quads that each carries. */
-  readonly stageThreads: number;
-  readonly stageQuads: number;
-  readonly latentStride: number;
-  readonly scoreStride: number;
-  readonly memories: { readonly latents: MatrixMemory; readonly scores: MatrixMemory; readonly probs: MatrixMemory };
-}
-
-/** Quads from one row to the next of a result fragment that is stored by itself: memory is too short for odd strides. */
-const ownStride = fragmentSize / 4;
-
-function layout({ blockRows, blockK, subgroups }: MatrixAbsorbedTile, widths: LatentWidths): Layout {
-  const workgroupSize = subgroups * subgroupSize;
-  const rowFragments = blockRows / fragmentSize;
-  const keyFragments = blockK / fragmentSize;
-  const depthFragments = Math.ceil((widths.kvLoraRank + widths.qkRopeHeadDim) / fragmentSize);
-  const columnFragments = Math.ceil(widths.kvLoraRank / fragmentSize);
-  const rowGroups = Math.min(rowFragments, subgroups);
-  const keyGroups = Math.min(keyFragments, subgroups / rowGroups);
-  const depthParts = subgroups / rowGroups / keyGroups;
-  const stageThreads = workgroupSize / blockK;
-  const latentStride = depthFragments * fragmentQuads + 1;
-  const scoreStride = depthParts * blockK / 4 + 1;
-  return {
-    ...{ workgroupSize, rowFragments, keyFragments, depthFragments, columnFragments, rowGroups, keyGroups, depthParts },
-    ownRows: rowFragments / rowGroups,
-    ownKeys: keyFragments / keyGroups,
-    ownDepth: Math.ceil(depthFragments / depthParts),
-    ownColumns: Math.ceil(columnFragments / subgroups),
-    // Eight keys at least to an invocation: a quad of probabilities.
-    rowThreads: Math.min(workgroupSize / blockRows, blockK / 8),
-    stageThreads,
-    stageQuads: Math.ceil((latentStride - 1) / stageThreads),
-    latentStride,
-    scoreStride,
-    memories: {
-      latents: { name: "latents", kind: "halves", quads: 2 * blockK * latentStride },
-      scores: {
-        name: "scores",
-        kind: "floats",
-        quads: Math.max(blockRows * scoreStride, subgroups * fragmentSize * ownStride),
-      },
-      probs: { name: "probs", kind: "halves", quads: blockRows * blockK / 8 },
-    },
-  };
-}
-
-/** Bytes of workgroup memory that the kernel declares. */
-export function workgroupBytes(tile: MatrixAbsorbedTile, widths: LatentWidths): number {
-  return memoryBytes(Object.values(layout(tile, widths).memories)) + 4 * tile.blockRows + 16;
-}
-
-/** Why this tile cannot run, or null when it can. Whether the device has matrix units is the caller's to know. */
-export function whyInvalid(
-  tile: MatrixAbsorbedTile,
-  shape: LatentWidths & Partial<Pick<AbsorbedShape, "query" | "cache">>,
-  { limits }: Pick<Capabilities, "limits">,
-): string | null {
-  const { blockRows, blockK, subgroups } = tile;
-  if (shape.query === "floats" || shape.cache === "floats") return "matrix units take queries and latents in halves";
-  const isPower = (n: number) => Number.isInteger(Math.log2(n));
-  if (!(blockRows >= fragmentSize && isPower(blockRows))) return `blockRows ${blockRows} is not 16, 32 or 64`;
-  if (!(blockK >= fragmentSize && isPower(blockK))) return `blockK ${blockK} is not 16, 32 or 64`;
-  if (!(subgroups >= 1 && isPower(subgroups))) return `${subgroups} subgroups are no power of two`;
-  const { workgroupSize, ownRows, ownKeys, ownDepth, ownColumns, stageQuads, rowFragments } = layout(tile, shape);
-  if (blockRows > workgroupSize || blockK > workgroupSize) {
-    return `${workgroupSize} invocations are fewer than the rows of ${blockRows} × ${blockK}`;
-  }
-  const registers = rowFragments * ownColumns * 8 + ownRows * (ownDepth * 4 + ownKeys * 8) + stageQuads * 4;
-  if (registers > 228) {
-    return `${registers} registers per invocation for fragments and latents, at most 228 are to be had`;
-  }
-  if (workgroupSize > limits.maxComputeInvocationsPerWorkgroup) {
-    return `${workgroupSize} invocations pass maxComputeInvocationsPerWorkgroup = ${limits.maxComputeInvocationsPerWorkgroup}`;
-  }
-  const bytes = workgroupBytes(tile, shape);
-  return bytes <= limits.maxComputeWorkgroupStorageSize
-    ? null
-    : `${bytes} bytes of workgroup memory pass maxComputeWorkgroupStorageSize = ${limits.maxComputeWorkgroupStorageSize}`;
+/** WGSL of what a subgroup owns: its groups of rows and of keys, its part of the depth, and its index. */
+interface Own {
+  readonly row: string;
+  readonly key: string;
+  readonly depth: string;
+  readonly subgroup: string;
 }
 
 /** The kernel's source. */
@@ -157,127 +59,163 @@ export function wgsl(tile: MatrixAbsorbedTile, shape: AbsorbedShape, backend: Ma
   const { blockRows, blockK, subgroups } = tile;
   const { bounded, sharded, sinkQuads, kvLoraRank } = shape;
   const unit = matrixUnit(backend);
-  const map = layout(tile, shape);
+  const map = matrixAbsorbedLayout(tile, shape);
   const { workgroupSize, rowFragments, keyFragments, depthFragments, columnFragments } = map;
   const { rowGroups, keyGroups, depthParts, ownRows, ownKeys, ownDepth, ownColumns } = map;
-  const { rowThreads, stageThreads, stageQuads, latentStride, scoreStride } = map;
+  const { rowThreads, sharers, stageThreads, stageQuads, latentStride, scoreStride, buffers } = map;
   const { memories: { latents, scores, probs } } = map;
+  const bufferQuads = latents.quads / buffers;
+  const width = rowQuads(shape, "halves");
   const ownQuads = blockK / 4 / rowThreads;
-  const softThreads = blockRows * rowThreads;
-  const variant = tile.variant ?? "";
+  const softThreads = blockRows * rowThreads * sharers;
 
   const queries = unit.fragments("q", "left", ownRows, ownDepth);
   const sums = unit.fragments("s", "result", ownRows, ownKeys);
   const outputs = unit.fragments("o", "result", rowFragments, ownColumns);
-  /** WGSL index of a subgroup's row fragment, key fragment and depth fragment of scores, and column fragment of outputs. */
-  const rowFragment = (r: string) => `(rowGroup * ${ownRows}u + ${r})`;
-  const keyFragment = (k: string) => `(keyGroup * ${ownKeys}u + ${k})`;
-  const depthFragment = (d: string) => `(${d} * ${depthParts}u + depthPart)`;
-  const columnFragment = (c: string) => `(${c} * ${subgroups}u + subgroup)`;
-  /** Code for the fragment that `index` names, left out where a subgroup has none: the last ones may not go round. */
-  const ifThere = (index: string, sharers: number, fragment: string, count: number, code: string) => {
-    const last = unit.native ? parseInt(index) : Math.ceil(count / sharers) - 1;
-    return (last + 1) * sharers <= count ? code : `if (${fragment} < ${count}u) {\n${indent(code, 2)}\n}`;
+  /** Code for the fragment that a share's `index` names, left out where there is none: the last ones may not go round. */
+  const ifThere = (index: string, sharers: number, share: string, count: number, code: string) => {
+    const last = isNaN(parseInt(index)) ? Math.ceil(count / sharers) - 1 : parseInt(index);
+    if (!isNaN(parseInt(share))) return last * sharers + parseInt(share) < count ? code : "";
+    return (last + 1) * sharers <= count
+      ? code
+      : `if (${index} * ${sharers}u + ${share} < ${count}u) {\n${indent(code, 2)}\n}`;
   };
-  const overDepth = (step: (d: string, fragment: string) => string) =>
-    unit.over("d", ownDepth, (d) => {
-      const fragment = depthFragment(d);
-      return ifThere(d, depthParts, fragment, depthFragments, step(d, fragment));
-    });
-  const overColumns = (step: (c: string, fragment: string) => string) =>
-    unit.over("c", ownColumns, (c) => {
-      const fragment = columnFragment(c);
-      return ifThere(c, subgroups, fragment, columnFragments, step(c, fragment));
-    });
+  const columnFragment = (c: string, subgroup: string) => `(${c} * ${subgroups}u + ${subgroup})`;
   const everyScore = (emit: (score: string, row: string, key: string) => string) =>
     unit.over("r", ownRows, (r) => unit.over("k", ownKeys, (k) => emit(sums.at(r, k), r, k)));
+  /** One of the two buffers of latents: an array of its own natively, so that places in it are constants. */
+  const buffer = (index: string) =>
+    unit.native ? { ...latents, name: `latents[${index}]`, quads: bufferQuads } : latents;
+  const bufferStart = (index: string) => unit.native ? "" : `${index} * ${bufferQuads}u + `;
 
-  /** The quads of one row that an invocation carries from storage to workgroup memory. */
-  const carried = (emit: (i: number, quad: string) => string, width = latentStride - 1) =>
+  /** The quads of one row that an invocation carries from storage to workgroup memory, where they lie in `index`. */
+  const stagedWidth = latentStride - 1;
+  const carried = (index: string, value: (i: number, quad: string, at: string) => string) =>
     unroll(stageQuads, (i) => {
-      const code = emit(i, `stageQuad + ${i * stageThreads}u`);
-      if ((i + 1) * stageThreads <= width) return code;
-      return i * stageThreads >= width
-        ? ""
-        : `if (stageQuad + ${i * stageThreads}u < ${width}u) {\n${indent(code, 2)}\n}`;
+      const quad = `stageQuad + ${i * stageThreads}u`;
+      const at = `${bufferStart(index)}stageRow * ${latentStride}u + ${quad}`;
+      const code = `let staged = ${value(i, quad, at)};\n${unit.writeQuad(buffer(index), at, "staged")}`;
+      const condition = (i + 1) * stageThreads <= stagedWidth ? "" : `if (${quad} < ${stagedWidth}u) `;
+      return `${condition}{\n${indent(code, 2)}\n}`;
     });
-  const load = (buffer: string, at: string, name: string) =>
-    `${unroll(stageQuads, (i) => `${name}${i} = vec4<u32>();`)}
-if (${at} != ABSENT) {
-${indent(carried((i, quad) => `${name}${i} = ${buffer}[${at} + ${quad}];`, rowQuads(shape, "halves")), 2)}
-}`;
-  const place = (buffer: string, quad: string) =>
-    `(${buffer}) * ${blockK * latentStride}u + stageRow * ${latentStride}u + ${quad}`;
-  const store = (buffer: string, name: string) =>
-    carried((i, quad) => unit.writeQuad(latents, place(buffer, quad), `${name}${i}`));
-  const clear = (buffer: string) =>
-    carried((i, quad) =>
-      `let finite${i} = finiteHalves(${readHalves(latents, place(buffer, quad), backend)});
-${unit.writeQuad(latents, place(buffer, quad), `finite${i}`)}`
+  // Loads stand outside of branches: those inside of one each wait for memory by itself (16 rows on an H100:
+  // 1,739 → 2,020 GB/s, together with constant places of fragments). What is loaded for a row that does not exist is dropped when it is stored.
+  const load = (source: string, start: string, name: string) =>
+    unroll(stageQuads, (i) => {
+      const quad = `stageQuad + ${i * stageThreads}u`;
+      const clamped = (i + 1) * stageThreads <= width ? quad : `min(${quad}, ROW_QUADS - 1u)`;
+      return `${name}${i} = ${source}[${start} + ${clamped}];`;
+    });
+  const store = (index: string, name: string, exists: string) =>
+    carried(index, (i, quad) => {
+      const there = width === stagedWidth ? exists : `${exists} && ${quad} < ROW_QUADS`;
+      return `select(vec4<u32>(), ${name}${i}, ${there})`;
+    });
+  const clear = (index: string) =>
+    carried(index, (_i, _quad, at) => `finiteHalves(${readHalves(buffer(index), at, backend)})`);
+
+  const current = buffers === 1 ? "0u" : "(block & 1u)";
+  const previous = buffers === 1 ? "0u" : "((block + 1u) & 1u)";
+  /** The buffer that queries pass through, and that is zero at first. */
+  const spare = `${buffers - 1}u`;
+
+  /** Code of every subgroup, with what it owns as constants; emulated, that is known at run time. */
+  const bySubgroup = (code: (own: Own) => string) =>
+    unit.native
+      ? `switch (subgroup) {
+${
+        unroll(subgroups, (i) => {
+          const own = {
+            row: `${Math.floor(i / keyGroups / depthParts)}u`,
+            key: `${Math.floor(i / depthParts) % keyGroups}u`,
+            depth: `${i % depthParts}u`,
+            subgroup: `${i}u`,
+          };
+          return `  ${i === subgroups - 1 ? "default" : `case ${i}u`}: {\n${indent(code(own), 4)}\n  }`;
+        })
+      }
+}`
+      : code({ row: "rowGroup", key: "keyGroup", depth: "depthPart", subgroup: "subgroup" });
+  const multiplyScores = (own: Own) =>
+    unit.over("d", ownDepth, (d) =>
+      ifThere(
+        d,
+        depthParts,
+        own.depth,
+        depthFragments,
+        unit.over("k", ownKeys, (k) => {
+          const at = `${bufferStart(current)}(${own.key} * ${ownKeys}u + ${k}) * ${
+            fragmentSize * latentStride
+          }u + (${d} * ${depthParts}u + ${own.depth}) * ${fragmentQuads}u`;
+          const key = unit.right("key", buffer(current), at, latentStride, "column");
+          return `${key.code}
+${unit.over("r", ownRows, (r) => unit.accumulate(sums.at(r, k), queries.at(r, d), key))}`;
+        }),
+      ));
+  const multiplyValues = ({ subgroup }: Own) =>
+    unit.over("k", keyFragments, (k) => {
+      const values = Array.from({ length: ownColumns }, (_, c) => {
+        const at = `${bufferStart(previous)}${k} * ${fragmentSize * latentStride}u + ${
+          columnFragment(`${c}u`, subgroup)
+        } * ${fragmentQuads}u`;
+        return unit.right(`value${c}`, buffer(previous), at, latentStride, "row");
+      });
+      const overColumns = (code: (c: number) => string) =>
+        unroll(ownColumns, (c) => ifThere(`${c}u`, subgroups, subgroup, columnFragments, code(c)));
+      return `${unit.native ? overColumns((c) => values[c].code) : values.map(({ code }) => code).join("\n")}
+${
+        unit.over("r", rowFragments, (r) => {
+          const at = `(${r} * ${keyFragments}u + ${k}) * ${fragmentSize * fragmentQuads}u`;
+          return `let prob = ${unit.loadLeft(probs, at, fragmentQuads)};
+${overColumns((c) => unit.accumulate(outputs.at(r, `${c}u`), "prob", values[c]))}`;
+        })
+      }`;
+    });
+  const storeScores = (own: Own) =>
+    everyScore((score, r, k) =>
+      unit.storeResult(
+        scores,
+        `(${own.row} * ${ownRows}u + ${r}) * ${fragmentSize * scoreStride}u + ${own.depth} * ${
+          blockK / 4
+        }u + (${own.key} * ${ownKeys}u + ${k}) * 4u`,
+        scoreStride,
+        score,
+      )
     );
 
-  const multiplyScores = overDepth((d, fragment) =>
-    unit.over("k", ownKeys, (k) => {
-      const at = `(block & 1u) * ${blockK * latentStride}u + ${keyFragment(k)} * ${
-        fragmentSize * latentStride
-      }u + ${fragment} * ${fragmentQuads}u`;
-      const key = unit.right("key", latents, at, latentStride, "column");
-      return `${key.code}
-${unit.over("r", ownRows, (r) => unit.accumulate(sums.at(r, k), queries.at(r, d), key))}`;
-    })
-  );
-  const multiplyValues = unit.over("k", keyFragments, (k) =>
-    `${
-      unroll(rowFragments, (r) => {
-        const at = `(${r * keyFragments}u + ${k}) * ${fragmentSize * fragmentQuads}u`;
-        return `let prob${r} = ${unit.loadLeft(probs, at, fragmentQuads)};`;
-      })
-    }
-${
-      overColumns((c, fragment) => {
-        const at = `((block + 1u) & 1u) * ${blockK * latentStride}u + ${k} * ${
-          fragmentSize * latentStride
-        }u + ${fragment} * ${fragmentQuads}u`;
-        const value = unit.right("value", latents, at, latentStride, "row");
-        return `${value.code}
-${unroll(rowFragments, (r) => unit.accumulate(outputs.at(`${r}u`, c), `prob${r}`, value))}`;
-      })
-    }`);
-  const storeScores = everyScore((score, r, k) =>
-    unit.storeResult(
-      scores,
-      `${rowFragment(r)} * ${fragmentSize * scoreStride}u + depthPart * ${blockK / 4}u + ${keyFragment(k)} * 4u`,
-      scoreStride,
-      score,
-    )
-  );
-
-  /** Queries pass through the second buffer of latents, blockK rows at a time. */
-  const loadQueries = unit.over("round", Math.ceil(blockRows / blockK), (round) =>
+  /** Queries pass through the last buffer of latents, blockK rows at a time. */
+  const loadQueries = unroll(Math.ceil(blockRows / blockK), (round) =>
     `{
-  let row = ${round} * ${blockK}u + stageRow;
-  let at = select(ABSENT, params.queryBase + (item.row + row) * ROW_QUADS, row < item.rows);
+  let row = ${round * blockK}u + stageRow;
+  let exists = row < item.rows;
+  let origin = params.queryBase + select(0u, item.row + row, exists) * ROW_QUADS;
 ${unroll(stageQuads, (i) => `  var part${i}: vec4<u32>;`)}
-${indent(load("query", "at", "part"), 2)}
+${indent(load("query", "origin", "part"), 2)}
   workgroupBarrier();
-${indent(store("1u", "part"), 2)}
+${indent(store(spare, "part", "exists"), 2)}
   workgroupBarrier();
 ${
       indent(
-        unit.over("r", ownRows, (r) =>
-          `if (${rowFragment(r)} / ${keyFragments}u == ${round}) {
-${
-            indent(
-              overDepth((d, fragment) => {
-                const at = `${blockK * latentStride}u + ${rowFragment(r)} % ${keyFragments}u * ${
-                  fragmentSize * latentStride
-                }u + ${fragment} * ${fragmentQuads}u`;
-                return `${queries.at(r, d)} = ${unit.loadLeft(latents, at, latentStride)};`;
-              }),
-              2,
-            )
-          }
-}`),
+        bySubgroup((own) =>
+          unit.over("r", ownRows, (r) => {
+            const fragment = `(${own.row} * ${ownRows}u + ${r})`;
+            const code = unit.over("d", ownDepth, (d) => {
+              const at = `${bufferStart(spare)}${fragment} % ${keyFragments}u * ${
+                fragmentSize * latentStride
+              }u + (${d} * ${depthParts}u + ${own.depth}) * ${fragmentQuads}u`;
+              return ifThere(
+                d,
+                depthParts,
+                own.depth,
+                depthFragments,
+                `${queries.at(r, d)} = ${unit.loadLeft(buffer(spare), at, latentStride)};`,
+              );
+            });
+            const mine = parseInt(own.row) * ownRows + parseInt(r);
+            if (!isNaN(mine)) return Math.floor(mine / keyFragments) === round ? code : "";
+            return `if (${fragment} / ${keyFragments}u == ${round}u) {\n${indent(code, 2)}\n}`;
+          })
+        ),
         2,
       )
     }
@@ -304,11 +242,13 @@ ${
 }`);
   const softmax = `${
     unroll(ownQuads, (j) => {
-      const parts = Array.from({ length: depthParts }, (_, part) => {
-        const at = `softRow * ${scoreStride}u + ${part * blockK / 4 + j}u + softPart * ${ownQuads}u`;
-        return unit.readQuad(scores, at);
+      const parts = Array.from({ length: depthParts / sharers }, (_, i) => {
+        const part = sharers === 1 ? `${i * blockK / 4}u` : `(softShare + ${i * sharers}u) * ${blockK / 4}u`;
+        return unit.readQuad(scores, `softRow * ${scoreStride}u + ${part} + softPart * ${ownQuads}u + ${j}u`);
       });
-      return `var x${j} = scoreOf(${parts.join(" +\n  ")});`;
+      return `var x${j} = ${parts.join(" +\n  ")};
+${unit.sumQuads(`x${j}`, rowThreads, sharers)}
+x${j} = scoreOf(x${j});`;
     })
   }
 if (masking) {
@@ -328,19 +268,19 @@ if (blockTop > rowTop + 8.0) {
   rowTop = blockTop;
   rowSum *= decay;
 }
-if (softPart == 0u && isSoft) { rowFactor[softRow] = decay; }
+if (isFirst) { rowFactor[softRow] = decay; }
 ${unroll(ownQuads, (j) => `var p${j} = exp2(x${j} - rowTop);`)}
 if (masking) {
 ${unroll(ownQuads, (j) => `  p${j} = select(p${j}, vec4<f32>(), x${j} <= vec4<f32>(UNSEEN));`)}
 }
 ${unroll(ownQuads, (j) => `rowSum += (p${j}.x + p${j}.y) + (p${j}.z + p${j}.w);`)}
-if (isSoft) {
+if (isWriting) {
 ${
-    unroll(ownQuads / 2, (q) => {
-      const quad = `(softPart * ${ownQuads / 2}u + ${q}u)`;
-      const at = `((softRow / 16u * ${keyFragments}u + ${quad} / 2u) * 16u + softRow % 16u) * 2u + ${quad} % 2u`;
-      return `  let packed${q} = packHalves(p${2 * q}, p${2 * q + 1});
-${indent(unit.writeQuad(probs, at, `packed${q}`), 2)}`;
+    unroll(ownQuads, (j) => {
+      // Halves of a row of a 16 × 16 block, four at a time.
+      const four = `(softPart * ${ownQuads}u + ${j}u)`;
+      const at = `((softRow / 16u * ${keyFragments}u + ${four} / 4u) * 16u + softRow % 16u) * 4u + ${four} % 4u`;
+      return indent(unit.writeFour(probs, at, `p${j}`), 2);
     })
   }
 }`;
@@ -358,7 +298,7 @@ ${indent(unit.writeQuad(probs, at, `packed${q}`), 2)}`;
   const everyOutput = (emit: (row: string, fragment: string, quad: string, index: string) => string, again: boolean) =>
     unit.over("r", rowFragments, (r) =>
       unit.over("c", ownColumns, (c) => {
-        const there = (code: string) => ifThere(c, subgroups, columnFragment(c), columnFragments, code);
+        const there = (code: string) => ifThere(c, subgroups, "subgroup", columnFragments, code);
         const output = outputs.at(r, c);
         return `${there(unit.storeResult(scores, "own", ownStride, output))}
 workgroupBarrier();
@@ -368,7 +308,7 @@ ${
   let quad = (lane + ${i * subgroupSize}u) % 4u;
   let ownRow = (lane + ${i * subgroupSize}u) / 4u;
   let index = own + ownRow * ${ownStride}u + quad;
-${indent(emit(`(${r} * 16u + ownRow)`, columnFragment(c), "quad", "index"), 2)}
+${indent(emit(`(${r} * 16u + ownRow)`, columnFragment(c, "subgroup"), "quad", "index"), 2)}
 }`))
         }
 workgroupBarrier();${
@@ -376,14 +316,58 @@ workgroupBarrier();${
         }`;
       }));
 
+  const fetch = `exists = nextRow != ABSENT;
+nextRow = select(params.cacheBase, nextRow, exists);
+${load("cache", "nextRow", "latent")}`;
+  const clearScores = everyScore((score) => `${score} = ${unit.zero};`);
+  const keyBase = `let keyBase = item.keyStart + block * BLOCK_K;
+let masking = ${masking};`;
+  /** From the outputs of the block before to the scores of this one. */
+  const inTwoBuffers = `if (block < count) {
+${indent(clearScores, 2)}
+${indent(bySubgroup((own) => `${multiplyValues(own)}\n${multiplyScores(own)}\n${storeScores(own)}`), 2)}
+} else {
+${indent(bySubgroup(multiplyValues), 2)}
+  finished = true;
+  break;
+}
+workgroupBarrier();
+
+${keyBase}
+${store(previous, "latent", "exists")}
+${fetch}
+nextRow = latentRowOf(item, keyBase + 3u * BLOCK_K + stageRow);`;
+  const inOneBuffer = `${bySubgroup(multiplyValues)}
+if (block >= count) {
+  finished = true;
+  break;
+}
+workgroupBarrier();
+
+${keyBase}
+${store("0u", "latent", "exists")}
+${fetch}
+nextRow = latentRowOf(item, keyBase + 2u * BLOCK_K + stageRow);
+workgroupBarrier();
+
+${clearScores}
+${bySubgroup((own) => `${multiplyScores(own)}\n${storeScores(own)}`)}
+workgroupBarrier();
+`;
   return `${unit.directives}// Absorbed attention on matrix units.
 // blockRows ${blockRows}, blockK ${blockK}, ${subgroups} subgroups: ${rowGroups} of rows × ${keyGroups} of keys × ${depthParts} of depth
 const BLOCK_ROWS = ${blockRows}u;
 const BLOCK_K = ${blockK}u;
-const ROW_QUADS = ${rowQuads(shape, "halves")}u;
+const ROW_QUADS = ${width}u;
 ${absorbedDeclarations(shape, { pinned: tile.pinned })}
 
-${unit.declarations([latents, scores, probs])}
+${unit.declarations(unit.native ? [scores, probs] : [latents, scores, probs])}${
+    unit.native
+      ? `\nvar<workgroup> latents: array<array<${
+        backend === "flag" ? `f16, ${8 * bufferQuads}` : `vec4<u32>, ${bufferQuads}`
+      }>, ${buffers}>;`
+      : ""
+  }
 var<workgroup> rowFactor: array<f32, ${blockRows}>;
 var<workgroup> rescale: vec4<u32>; // x is set once a row's maximum has outgrown what its sums are relative to
 
@@ -403,14 +387,18 @@ ${unit.prologue}
   let itemIndex = workgroup.x + workgroup.y * params.gridX;
   if (itemIndex >= params.itemCount) { return; }
   let item = items[itemIndex];
+  if (item.rows == 0u) { return; }
   let rowGroup = subgroup / ${keyGroups * depthParts}u;
   let keyGroup = subgroup / ${depthParts}u % ${keyGroups}u;
   let depthPart = subgroup % ${depthParts}u;
   let stageRow = t / ${stageThreads}u;
   let stageQuad = t % ${stageThreads}u;
-  let softRow = t / ${rowThreads}u % BLOCK_ROWS;
+  let softRow = t / ${rowThreads * sharers}u % BLOCK_ROWS;
+  let softShare = t / ${rowThreads}u % ${sharers}u;
   let softPart = t % ${rowThreads}u;
   let isSoft = t < ${softThreads}u;
+  let isWriting = isSoft && softShare == 0u;
+  let isFirst = isWriting && softPart == 0u;
   let own = subgroup * ${fragmentSize * ownStride}u;
   let count = (item.keyEnd - item.keyStart + BLOCK_K - 1u) / BLOCK_K;
   let row = item.row + softRow;
@@ -428,19 +416,22 @@ ${
   var rowSum = 0.0;
 ${indent([queries, sums, outputs].map(({ declaration }) => declaration).join("\n"), 2)}
 ${unroll(stageQuads, (i) => `  var latent${i}: vec4<u32>;`)}
+  var exists: bool;
 
   var nextRow = latentRowOf(item, item.keyStart + stageRow);
-${indent(load("cache", "nextRow", "latent"), 2)}
+${indent(fetch, 2)}
   nextRow = latentRowOf(item, item.keyStart + BLOCK_K + stageRow);
   if (t == 0u) { rescale = vec4<u32>(); }
 ${indent(loadQueries, 2)}
   workgroupBarrier();
-${indent(store("0u", "latent"), 2)}
-${indent(load("cache", "nextRow", "latent"), 2)}
-  nextRow = latentRowOf(item, item.keyStart + 2u * BLOCK_K + stageRow);
+${
+    buffers === 1 ? "" : `${indent(store("0u", "latent", "exists"), 2)}
+${indent(fetch, 2)}
+  nextRow = latentRowOf(item, item.keyStart + 2u * BLOCK_K + stageRow);`
+  }
   // The first round of outputs adds zeros.
   let nothing = vec4<u32>();
-${indent(carried((_, quad) => unit.writeQuad(latents, place("1u", quad), "nothing")), 2)}
+${indent(store(spare, "latent", "false"), 2)}
   for (var i = t; i < ${probs.quads}u; i += ${workgroupSize}u) {
 ${indent(unit.writeQuad(probs, "i", "nothing"), 4)}
   }
@@ -450,24 +441,9 @@ ${indent(unit.writeQuad(probs, "i", "nothing"), 4)}
   var finished = false;
   loop {
     loop {
-${indent(multiplyValues, 6)}
-      if (block >= count) {
-        finished = true;
-        break;
-      }
-${indent(everyScore((score) => `${score} = ${unit.zero};`), 6)}
-${indent(multiplyScores, 6)}
-${indent(storeScores, 6)}
-      workgroupBarrier();
-
-      let keyBase = item.keyStart + block * BLOCK_K;
-      let masking = ${masking};
-${variant.includes("softFirst") ? indent(guardedSoftmax, 6) : ""}
-${indent(store("(block + 1u) & 1u", "latent"), 6)}
-${indent(load("cache", "nextRow", "latent"), 6)}
-      nextRow = latentRowOf(item, keyBase + 3u * BLOCK_K + stageRow);
-${variant.includes("softFirst") ? "" : indent(guardedSoftmax, 6)}
-${bounded ? `      if (masking) {\n${indent(clear("block & 1u"), 8)}\n      }` : ""}
+${indent(buffers === 1 ? inOneBuffer : inTwoBuffers, 6)}
+${indent(guardedSoftmax, 6)}
+${bounded ? `      if (masking) {\n${indent(clear(current), 8)}\n      }` : ""}
       block += 1u;
       if (workgroupUniformLoad(&rescale).x != 0u) { break; }
     }
@@ -500,7 +476,7 @@ ${
   var part = select(down / total, 0.0, rowSum == 0.0);`
   }
   if (!isAlone) { part = select(1.0, 0.0, rowSum == 0.0); }
-  if (isSoft && softPart == 0u && softRow < item.rows) {
+  if (isFirst && softRow < item.rows) {
     rowFactor[softRow] = part;
     if (!isAlone) {
       stats[item.slot * BLOCK_ROWS + softRow] = vec2<f32>(rowTop, rowSum);

@@ -87,6 +87,13 @@ export interface MatrixUnit {
   readQuad(memory: MatrixMemory, index: string): string;
   /** WGSL statement that stores a vec4<f32> to floats, or eight packed halves, a vec4<u32>, to halves. */
   writeQuad(memory: MatrixMemory, index: string, value: string): string;
+  /** WGSL statement that stores a vec4<f32> as four halves; `index` counts fours. */
+  writeFour(memory: MatrixMemory, index: string, value: string): string;
+  /**
+   * WGSL statements that add up the vec4<f32> variable `value` of `count` invocations that lie `apart` from each other, for
+   * each of them. In uniform control flow only.
+   */
+  sumQuads(value: string, apart: number, count: number): string;
   /**
    * WGSL statements that combine the f32 variable `value` of `width` neighbouring invocations, for each of them.
    * In uniform control flow only, and with at least one other barrier between two of them.
@@ -201,6 +208,14 @@ fn packHalves(low: vec4<f32>, high: vec4<f32>) -> vec4<u32> {
         (i) => `${memory.name}[8u * (${index}) + ${i}u] = f16(unpack2x16float(${value}[${i >> 1}])[${i & 1}]);`,
       );
     },
+    writeFour: (memory, index, value) =>
+      isFlag ? unroll(4, (i) => `${memory.name}[4u * (${index}) + ${i}u] = f16(${value}[${i}]);`) : `{
+  let words = bitcast<vec2<u32>>(vec4<f16>(${value}));
+  ${memory.name}[(${index}) / 2u][2u * ((${index}) % 2u)] = words.x;
+  ${memory.name}[(${index}) / 2u][2u * ((${index}) % 2u) + 1u] = words.y;
+}`,
+    sumQuads: (value, apart, count) =>
+      unroll(Math.log2(count), (i) => `${value} = ${value} + subgroupShuffleXor(${value}, ${apart << i}u);`),
     combine: (value, width, how) =>
       unroll(Math.log2(width), (i) => {
         const other = `subgroupShuffleXor(${value}, ${1 << i}u)`;
@@ -253,6 +268,18 @@ ${memories.map((memory) => memory.kind === "halves" ? halvesFunctions(memory) : 
   storeResult: ({ name }, offset, stride, result) => `${name}_store(${offset}, ${stride}u, ${result});`,
   readQuad: ({ name }, index) => `${name}[${index}]`,
   writeQuad: ({ name }, index, value) => `${name}[${index}] = ${value};`,
+  writeFour: ({ name }, index, value) =>
+    `{
+  ${name}[(${index}) / 2u][2u * ((${index}) % 2u)] = pack2x16float(${value}.xy);
+  ${name}[(${index}) / 2u][2u * ((${index}) % 2u) + 1u] = pack2x16float(${value}.zw);
+}`,
+  sumQuads: (value, apart, count) =>
+    count === 1 ? "" : `for (var c = 0u; c < 4u; c += 1u) {
+  exchanged[t] = ${value}[c];
+  workgroupBarrier();
+${unroll(count - 1, (i) => `  ${value}[c] = ${value}[c] + exchanged[t ^ ${(i + 1) * apart}u];`)}
+  workgroupBarrier();
+}`,
   combine: (value, width, how) =>
     width === 1 ? "" : `exchanged[t] = ${value};
 workgroupBarrier();

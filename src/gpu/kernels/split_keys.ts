@@ -63,12 +63,12 @@ fn main(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) g
     let splits = max(1u, (u32(end - origin) + params.splitKeys - 1u) / params.splitKeys);
     let first = block * params.maxSplits;
     for (var s = 0u; s < params.maxSplits; s += 1u) {
-      let from = max(start, origin + i32(s * params.splitKeys));
-      let to = min(end, origin + i32((s + 1u) * params.splitKeys));
+      let low = max(start, origin + i32(s * params.splitKeys));
+      let high = min(end, origin + i32((s + 1u) * params.splitKeys));
       let slot = (first + s) * params.shards + params.shard;
       let used = s < splits;
       items[first + s] =
-        Item(sequence, row, select(0u, rows, used), u32(from), u32(max(from, to)), diagonal, select(${noSlot}u, slot, used), 0u);
+        Item(sequence, row, select(0u, rows, used), u32(low), u32(max(low, high)), diagonal, select(${noSlot}u, slot, used), 0u);
     }
     merges[block] = Merge(row, rows, first * params.shards, splits * params.shards);
   }
