@@ -169,7 +169,8 @@ function deno(...args: string[]): Promise<Ended> {
 function testFiles(chosen: readonly string[]): string[] {
   if (chosen.length > 0) return [...chosen];
   const names = readdirSync("tests").filter((name) =>
-    name.endsWith("_test.ts") && !(quick && /^(gpu|matrix|lse|merge|browser|demo|examples|train_example)_/.test(name))
+    name.endsWith("_test.ts") &&
+    !(quick && /^(gpu|matrix|lse|merge|browser|demo|examples|train_example|generate_example|prefill)_/.test(name))
   );
   return names.sort().map((name) => `tests/${name}`);
 }
