@@ -6,7 +6,8 @@
 //   deno task bench:decode --only="H 16"         rows whose name has these words
 //   deno task bench:decode --lengths=8192        only these lengths; --batches=1,32 likewise
 //   deno task bench:decode --layer               the whole operation by kernel, with the weights, at 8,192 keys
-//   deno task bench:decode --svg=roofline.svg    a chart under the device's roofline; --peak=618 says its TFLOP/s
+//   deno task bench:decode --svg=roofline.svg    a chart under the device's roofline; --peak=618 says its TFLOP/s,
+//                                                --bandwidth=2980 its GB/s where the copy of this run is not to be used
 //   deno task bench:decode --json                and one JSON object in the last line
 //
 //   bytes = 2 · B · ( H·(L+R) + Sk·(L+R) + H·L ) of halves        FLOPs = 2 · B · H · Sk · (2L + R)
@@ -143,22 +144,39 @@ async function measure({ model, heads, batch, keys }: Point): Promise<Row> {
   return { model, heads, batch, keys, cfg: best!.cfg, ms, spread, gbps: bytes / ms / 1e6, tflops: flops / ms / 1e9 };
 }
 
-/** GB/s of a copy of 1 GiB, read and write counted. */
+/** GB/s of a copy by a kernel, read and write counted; an engine's own copies may be slower. */
 async function copyBandwidth(): Promise<number> {
-  const size = Math.min(limits.maxBufferSize, quick ? 2 ** 26 : 2 ** 30);
+  const size = Math.min(limits.maxStorageBufferBindingSize, quick ? 2 ** 26 : 2 ** 30) & -4096;
   using from = await emptyOnGpu([size / 4], { device: context.device });
   using to = await emptyOnGpu([size / 4], { device: context.device });
-  const start = async (repeats: number) => {
-    const encoder = context.device.createCommandEncoder();
-    for (let i = 0; i < repeats; i++) encoder.copyBufferToBuffer(from.buffer, 0, to.buffer, 0, size);
-    const began = performance.now();
-    context.device.queue.submit([encoder.finish()]);
-    await context.device.queue.onSubmittedWorkDone();
-    return performance.now() - began;
-  };
-  await start(20);
-  const times = [await start(quick ? 2 : 200), await start(quick ? 2 : 200), await start(quick ? 2 : 200)];
-  return 2 * size * (quick ? 2 : 200) / Math.min(...times) / 1e6;
+  const pipeline = await context.pipelines.get(
+    "copy",
+    `@group(0) @binding(0) var<storage, read> source: array<vec4<f32>>;
+@group(0) @binding(1) var<storage, read_write> copied: array<vec4<f32>>;
+@compute @workgroup_size(256)
+fn main(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>) {
+  for (var i = id.x; i < arrayLength(&source); i += groups.x * 256u) { copied[i] = source[i]; }
+}
+`,
+  );
+  const bindGroup = context.device.createBindGroup({
+    layout: pipeline.getBindGroupLayout(0),
+    entries: [from, to].map(({ buffer }, binding) => ({ binding, resource: { buffer, size } })),
+  });
+  const [ms] = await measureSteadily(
+    context,
+    (repeats) =>
+      timeOnGpu(context, (encoder, timestampWrites) => {
+        const pass = encoder.beginComputePass({ timestampWrites });
+        pass.setPipeline(pipeline);
+        pass.setBindGroup(0, bindGroup);
+        pass.dispatchWorkgroups(8192);
+        pass.end();
+      }, repeats),
+    30,
+    5,
+  );
+  return 2 * size / ms / 1e6;
 }
 
 /** The whole operation with weights, kernel by kernel. */
@@ -200,7 +218,7 @@ async function layer(model: string, heads: number, batch: number, keys: number):
 }
 
 const rows: Row[] = [];
-const bandwidth = await copyBandwidth();
+const bandwidth = Number(argument("bandwidth") ?? await copyBandwidth());
 console.log(`copy ${bandwidth.toFixed(0)} GB/s`);
 if (Deno.args.includes("--layer")) {
   for (const [model, heads] of models) {
