@@ -68,6 +68,15 @@ describe("decoding on matrix units", { skip }, () => {
     });
   }
 
+  // One buffer of latents; and invocations that share the sums of a score's parts.
+  for (const tile of [{ blockK: 32, numWarps: 2 }, { blockK: 16, numWarps: 4 }]) {
+    const name = "NaN in a row reaches the queries that see it, and no other";
+    test(`${tile.blockK} keys and ${tile.numWarps} subgroups: ${name}`, async () => {
+      const target = webgpuDecodeTarget(await matrixContext());
+      await decodeProperties[name](decodeBy(target, { ...cfg, ...tile }), { runs: 20, narrow, halves: true });
+    });
+  }
+
   test("decoding from several buffers is attention over the same rows", async () => {
     const decode = decodeInBuffers(await matrixContext(), cfg, 5);
     await decodeProperties["decoding is attention over the same rows"](decode, { runs: 10, narrow, halves: true });

@@ -55,23 +55,12 @@ import {
   storedTensors,
   unusedEntry,
 } from "./support/decode_properties.ts";
-import { openTestDevice, skip, testContext } from "./support/gpu.ts";
+import { openTestDevice, skip, smallDecodeConfig, testContext } from "./support/gpu.ts";
 import { assertClose } from "./support/metrics.ts";
 import { mulberry32, normals, randomTensor } from "./support/random_problem.ts";
 import { range, take } from "./support/tensor_parts.ts";
 
-/** A configuration that any device runs and that software adapters compile at once. */
-const cfg: DecodeConfig = {
-  blockRows: 4,
-  blockK: 4,
-  numWarps: 1,
-  subgroups: false,
-  matrixUnits: false,
-  pinned: false,
-  workgroups: 8,
-  platform: "webgpu",
-  backend: "gpu",
-};
+const cfg = smallDecodeConfig;
 const place: Place = { platform: "webgpu", cfg };
 
 type Kind = Partial<DecodeCallShape>;

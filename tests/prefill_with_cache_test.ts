@@ -6,7 +6,6 @@ import { assert, assertEquals, assertRejects } from "@std/assert";
 import fc from "fast-check";
 import {
   type AnyTensor,
-  type DecodeConfig,
   FlashMLAError,
   LatentCache,
   type MlaPrefillOptions,
@@ -19,24 +18,12 @@ import { fewerFlops, flopsOf, visiblePairs } from "../src/op/formulation.ts";
 import { mlaProblem } from "../src/op/mla_problem.ts";
 import type { GpuTensor, Tensor } from "../src/op/tensor.ts";
 import { referenceMlaAttention } from "../src/reference/mla_attention.ts";
-import { skip, smallConfig, testContext } from "./support/gpu.ts";
+import { skip, smallConfig, smallDecodeConfig, testContext } from "./support/gpu.ts";
 import { assertClose } from "./support/metrics.ts";
 import { normals, randomTensor } from "./support/random_problem.ts";
 
 const [H, kvHeads, P, R, L, V] = [4, 2, 8, 4, 12, 8];
 const pageSize = 4;
-
-const smallDecode: DecodeConfig = {
-  blockRows: 4,
-  blockK: 8,
-  numWarps: 1,
-  subgroups: false,
-  matrixUnits: false,
-  pinned: false,
-  workgroups: 8,
-  platform: "webgpu",
-  backend: "gpu",
-};
 
 /** One sequence: keys that are cached before, and new ones. */
 interface Sequence {
@@ -115,7 +102,7 @@ async function check(
       wVc: await place(weights.wVc),
       ...{ cache, blockTable, seqLens: before },
       ...(packed && { cuSeqlens: newStarts }),
-    }, { ...options, ...(platform === "webgpu" && { cfg: smallConfig, decodeCfg: smallDecode }) }) as AnyTensor;
+    }, { ...options, ...(platform === "webgpu" && { cfg: smallConfig, decodeCfg: smallDecodeConfig }) }) as AnyTensor;
     if (resident) made.push(result as never);
     const output = toFloats(resident ? await toHost(result as GpuTensor) : result as Tensor);
     assertEquals(output.shape, packed ? [1, total, H, V] : [sequences.length, added[0], H, V]);

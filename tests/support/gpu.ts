@@ -4,6 +4,7 @@ import { type GpuContext, gpuContext } from "../../src/gpu/device.ts";
 import { findGpu } from "../../src/gpu/engine.ts";
 import { mlaAttention } from "../../mod.ts";
 import type { FlashMLAConfig } from "../../src/op/config.ts";
+import type { DecodeConfig } from "../../src/op/decode_config.ts";
 import type { Attention } from "./attention_properties.ts";
 
 /** The reason why GPU tests cannot run here, or false. */
@@ -40,6 +41,19 @@ export const smallConfig: FlashMLAConfig = {
   expandBlock: 32,
   gradBlock: 32,
   matrixUnits: false,
+  platform: "webgpu",
+  backend: "gpu",
+};
+
+/** The same for decoding. */
+export const smallDecodeConfig: DecodeConfig = {
+  blockRows: 4,
+  blockK: 4,
+  numWarps: 1,
+  subgroups: false,
+  matrixUnits: false,
+  pinned: false,
+  workgroups: 8,
   platform: "webgpu",
   backend: "gpu",
 };
