@@ -2,19 +2,21 @@
 // the files; review them like code.
 
 import { describe, test } from "node:test";
-import { assert } from "@std/assert";
+import { assert, assertEquals } from "@std/assert";
 import * as absorb from "../src/gpu/kernels/absorb_query.ts";
 import * as absorbedAttend from "../src/gpu/kernels/absorbed_attend.ts";
 import type { AbsorbedShape } from "../src/gpu/kernels/absorbed_operands.ts";
 import * as append from "../src/gpu/kernels/append_latents.ts";
 import * as gather from "../src/gpu/kernels/gather_latents.ts";
 import * as matrixAbsorbedAttend from "../src/gpu/kernels/matrix_absorbed_attend.ts";
+import { workgroupBytes } from "../src/gpu/kernels/matrix_absorbed_layout.ts";
 import * as merge from "../src/gpu/kernels/merge_splits.ts";
 import * as place from "../src/gpu/kernels/place_rows.ts";
 import * as project from "../src/gpu/kernels/project_output.ts";
 import * as split from "../src/gpu/kernels/split_keys.ts";
 import * as store from "../src/gpu/kernels/store_rows.ts";
 import { assertReviewed } from "./support/reviewed_wgsl.ts";
+import { workgroupTotal, workgroupVariables } from "./support/workgroup_variables.ts";
 
 const shape: AbsorbedShape = {
   kvLoraRank: 32,
@@ -115,4 +117,25 @@ describe("generated WGSL of decoding", () => {
       for (const name of names) assert(!reserved.has(name), name);
     });
   }
+
+  // One stray word misaligned the arrays behind it on an H100, and gave wrong products without a word.
+  test("workgroup variables on matrix units are of whole 16 bytes, and as many as workgroupBytes() says", () => {
+    for (const blockRows of [16, 32, 64]) {
+      for (const [blockK, subgroups] of [[16, 2], [16, 8], [32, 4], [32, 8]]) {
+        for (const [kvLoraRank, qkRopeHeadDim] of [[512, 64], [20, 5], [1, 0]]) {
+          const tile = { blockRows, blockK, subgroups, pinned: false };
+          const widths = { ...halves, kvLoraRank, qkRopeHeadDim, bounded: true, sharded: true };
+          for (const backend of ["template", "flag"] as const) {
+            const code = matrixAbsorbedAttend.wgsl(tile, widths, backend);
+            for (const [name, bytes] of workgroupVariables(code)) assertEquals(bytes % 16, 0, name);
+            assertEquals(workgroupTotal(code), workgroupBytes(tile, widths));
+          }
+        }
+      }
+    }
+    assertEquals(
+      workgroupBytes({ ...units, blockRows: 64, subgroups: 8 }, { kvLoraRank: 512, qkRopeHeadDim: 64 }),
+      48912,
+    );
+  });
 });

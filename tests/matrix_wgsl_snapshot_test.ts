@@ -13,6 +13,7 @@ import * as rope from "../src/gpu/kernels/matrix_rope.ts";
 import * as stage from "../src/gpu/kernels/matrix_stage.ts";
 import type { ScoreTerms } from "../src/gpu/kernels/score_terms.ts";
 import { assertReviewed } from "./support/reviewed_wgsl.ts";
+import { workgroupTotal, workgroupVariables } from "./support/workgroup_variables.ts";
 
 const plain: ScoreTerms = { scoreTerm: "none", softCap: false, window: false, bias: "f32", dropout: false };
 const every: ScoreTerms = { scoreTerm: "bias", softCap: true, window: true, bias: "f16", dropout: true };
@@ -83,18 +84,6 @@ const kernels: Record<string, string> = {
   "matrix_stage": stage.wgsl({ ...small, rope: "in_query", query: "vec4<f32>", ropeQuery: "f32", gradOutput: "f32" }),
 };
 
-/** Bytes of each workgroup variable of a kernel. */
-function workgroupVariables(code: string): Map<string, number> {
-  const bytes: Record<string, number> = { "vec4<u32>": 16, "vec4<f32>": 16, "vec2<f32>": 8, f32: 4, f16: 2 };
-  const sizes = new Map<string, number>();
-  for (const [, name, type] of code.matchAll(/var<workgroup> (\w+): (.*?);/g)) {
-    const [, element, count] = /^array<(.*), (\d+)>$/.exec(type) ?? [, type, "1"];
-    assert(bytes[element!] !== undefined, `${name}: ${type}`);
-    sizes.set(name, bytes[element!] * Number(count));
-  }
-  return sizes;
-}
-
 describe("generated WGSL on matrix units", () => {
   for (const [name, code] of Object.entries(kernels)) {
     test(`${name} is the reviewed one`, () => assertReviewed(name, code));
@@ -106,7 +95,6 @@ describe("generated WGSL on matrix units", () => {
   }
 
   test("workgroup memory is what workgroupBytes() says, and fits 48 KiB at DeepSeek's widths", () => {
-    const total = (code: string) => [...workgroupVariables(code).values()].reduce((sum, bytes) => sum + bytes, 0);
     const shape = { ...halves, ...deepSeek };
     const gradShape = { ...deepSeek, terms: plain, gradient: "vec4<f32>" as const };
     const expandShape = { latent: "vec4<f16>", weight: "vec4<f16>", headDim: 128, gapped: false } as const;
@@ -122,7 +110,7 @@ describe("generated WGSL on matrix units", () => {
       ]),
     ];
     for (const [said, code] of pairs) {
-      assertEquals(said, total(code), code.split("\n").find((line) => line.startsWith("//")));
+      assertEquals(said, workgroupTotal(code), code.split("\n").find((line) => line.startsWith("//")));
       assert(said <= 48 * 1024, `${said} bytes`);
     }
   });
