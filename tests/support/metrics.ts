@@ -4,6 +4,7 @@
 import { toFloats } from "../../src/op/half.ts";
 import { type AnyTensor, isGpuTensor, type Tensor } from "../../src/op/tensor.ts";
 import { AssertionError } from "@std/assert";
+import { noteError } from "./worst_errors.ts";
 
 /**
  * The relative Euclidean distance ‖actual − expected‖ / ‖expected‖.
@@ -66,10 +67,12 @@ export function assertClose(result: AnyTensor, expected: Tensor, bounds: Bounds,
   const where = `; worst at [${indexOf(worst, actual.shape)}]: ${actual.data[worst]}, expected ${expected.data[worst]}`;
   if (bounds.relL2 !== undefined) {
     const allowed = bounds.relL2 * Math.sqrt(norm) + (bounds.absolute ?? 0) * Math.sqrt(actual.data.length);
+    noteError("relL2", relL2(actual.data, expected.data), bounds.relL2);
     if (!(Math.sqrt(error) <= allowed)) fail(`relL2 ${relL2(actual.data, expected.data)} > ${bounds.relL2}${where}`);
   }
   if (bounds.cosDiff !== undefined) {
     const got = cosDiff(actual.data, expected.data);
+    noteError("cosDiff", got, bounds.cosDiff);
     if (!(got <= bounds.cosDiff)) fail(`cosDiff ${got} > ${bounds.cosDiff}${where}`);
   }
 }
