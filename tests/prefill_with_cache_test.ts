@@ -95,12 +95,14 @@ async function check(
 
     const shaped = (tensor: Tensor): Tensor =>
       packed ? tensor : { ...tensor, shape: [sequences.length, added[0], ...tensor.shape.slice(2)] };
+    const indices = resident ? await toGpu(blockTable) : blockTable;
+    if (resident) made.push(indices as never);
     const result = await mlaPrefillWithCache({
       query: await place(shaped(query)),
       rows: await place(shaped(rows)),
       wKc: await place(weights.wKc),
       wVc: await place(weights.wVc),
-      ...{ cache, blockTable, seqLens: before },
+      ...{ cache, blockTable: indices, seqLens: before },
       ...(packed && { cuSeqlens: newStarts }),
     }, { ...options, ...(platform === "webgpu" && { cfg: smallConfig, decodeCfg: smallDecodeConfig }) }) as AnyTensor;
     if (resident) made.push(result as never);
