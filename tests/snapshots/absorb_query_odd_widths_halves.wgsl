@@ -55,14 +55,13 @@ fn store(token: u32, head: u32, column: u32, value: vec4<f32>) {
   rows_out[at] = packQuad(value);
 }
 
+// What lies past the last token or column is another one's, and is not stored; past the depth weights are zeros.
 fn tile(token: u32, head: u32, k: u32) -> vec4<f32> {
-  if (token >= params.tokens) { return vec4<f32>(); }
-  return load_query(queryAt(token, head), k, DEPTH);
+  return load_query(queryAt(min(token, params.tokens - 1u), head), k, 8u);
 }
 
 fn weights(kvHead: u32, k: u32, n: u32) -> vec4<f32> {
-  if (n >= L) { return vec4<f32>(); }
-  return load_weight(params.weightBase + (n * params.kvHeads + kvHead) * DEPTH, k, DEPTH);
+  return load_weight(params.weightBase + (min(n, L - 1u) * params.kvHeads + kvHead) * DEPTH, k, DEPTH);
 }
 
 var<workgroup> rows: array<array<vec4<f32>, 4>, 32>;
@@ -78,18 +77,61 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
   let columnQuad = t % 16u;
   var sums: array<vec4<f32>, 4>;
   for (var base = 0u; base < DEPTH; base += 32u) {
-    for (var piece = t; piece < 128u; piece += 64u) {
-      let m = piece / 8u;
-      let k = piece % 8u * 4u;
-      let quad = tile(firstToken + m, head, base + k);
-      for (var i = 0u; i < 4u; i += 1u) { rows[k + i][m / 4u][m % 4u] = quad[i]; }
-    }
-    for (var piece = t; piece < 512u; piece += 64u) {
-      let n = piece / 8u;
-      let k = piece % 8u * 4u;
-      let quad = weights(kvHead, base + k, firstColumn + n);
-      for (var i = 0u; i < 4u; i += 1u) { right[k + i][n / 4u][n % 4u] = quad[i]; }
-    }
+    // All loads before the first store, so that a step waits for memory once.
+    let m0 = (t + 0u) / 8u;
+    let k0 = t % 8u * 4u;
+    let left0 = tile(firstToken + m0, head, base + k0);
+    let m1 = (t + 64u) / 8u;
+    let k1 = t % 8u * 4u;
+    let left1 = tile(firstToken + m1, head, base + k1);
+    let right0 = weights(kvHead, base + t % 8u * 4u, firstColumn + (t + 0u) / 8u);
+    let right1 = weights(kvHead, base + t % 8u * 4u, firstColumn + (t + 64u) / 8u);
+    let right2 = weights(kvHead, base + t % 8u * 4u, firstColumn + (t + 128u) / 8u);
+    let right3 = weights(kvHead, base + t % 8u * 4u, firstColumn + (t + 192u) / 8u);
+    let right4 = weights(kvHead, base + t % 8u * 4u, firstColumn + (t + 256u) / 8u);
+    let right5 = weights(kvHead, base + t % 8u * 4u, firstColumn + (t + 320u) / 8u);
+    let right6 = weights(kvHead, base + t % 8u * 4u, firstColumn + (t + 384u) / 8u);
+    let right7 = weights(kvHead, base + t % 8u * 4u, firstColumn + (t + 448u) / 8u);
+    rows[k0 + 0u][m0 / 4u][m0 % 4u] = left0[0];
+    rows[k0 + 1u][m0 / 4u][m0 % 4u] = left0[1];
+    rows[k0 + 2u][m0 / 4u][m0 % 4u] = left0[2];
+    rows[k0 + 3u][m0 / 4u][m0 % 4u] = left0[3];
+    rows[k1 + 0u][m1 / 4u][m1 % 4u] = left1[0];
+    rows[k1 + 1u][m1 / 4u][m1 % 4u] = left1[1];
+    rows[k1 + 2u][m1 / 4u][m1 % 4u] = left1[2];
+    rows[k1 + 3u][m1 / 4u][m1 % 4u] = left1[3];
+    right[t % 8u * 4u + 0u][(t + 0u) / 8u / 4u][(t + 0u) / 8u % 4u] = right0[0];
+    right[t % 8u * 4u + 1u][(t + 0u) / 8u / 4u][(t + 0u) / 8u % 4u] = right0[1];
+    right[t % 8u * 4u + 2u][(t + 0u) / 8u / 4u][(t + 0u) / 8u % 4u] = right0[2];
+    right[t % 8u * 4u + 3u][(t + 0u) / 8u / 4u][(t + 0u) / 8u % 4u] = right0[3];
+    right[t % 8u * 4u + 0u][(t + 64u) / 8u / 4u][(t + 64u) / 8u % 4u] = right1[0];
+    right[t % 8u * 4u + 1u][(t + 64u) / 8u / 4u][(t + 64u) / 8u % 4u] = right1[1];
+    right[t % 8u * 4u + 2u][(t + 64u) / 8u / 4u][(t + 64u) / 8u % 4u] = right1[2];
+    right[t % 8u * 4u + 3u][(t + 64u) / 8u / 4u][(t + 64u) / 8u % 4u] = right1[3];
+    right[t % 8u * 4u + 0u][(t + 128u) / 8u / 4u][(t + 128u) / 8u % 4u] = right2[0];
+    right[t % 8u * 4u + 1u][(t + 128u) / 8u / 4u][(t + 128u) / 8u % 4u] = right2[1];
+    right[t % 8u * 4u + 2u][(t + 128u) / 8u / 4u][(t + 128u) / 8u % 4u] = right2[2];
+    right[t % 8u * 4u + 3u][(t + 128u) / 8u / 4u][(t + 128u) / 8u % 4u] = right2[3];
+    right[t % 8u * 4u + 0u][(t + 192u) / 8u / 4u][(t + 192u) / 8u % 4u] = right3[0];
+    right[t % 8u * 4u + 1u][(t + 192u) / 8u / 4u][(t + 192u) / 8u % 4u] = right3[1];
+    right[t % 8u * 4u + 2u][(t + 192u) / 8u / 4u][(t + 192u) / 8u % 4u] = right3[2];
+    right[t % 8u * 4u + 3u][(t + 192u) / 8u / 4u][(t + 192u) / 8u % 4u] = right3[3];
+    right[t % 8u * 4u + 0u][(t + 256u) / 8u / 4u][(t + 256u) / 8u % 4u] = right4[0];
+    right[t % 8u * 4u + 1u][(t + 256u) / 8u / 4u][(t + 256u) / 8u % 4u] = right4[1];
+    right[t % 8u * 4u + 2u][(t + 256u) / 8u / 4u][(t + 256u) / 8u % 4u] = right4[2];
+    right[t % 8u * 4u + 3u][(t + 256u) / 8u / 4u][(t + 256u) / 8u % 4u] = right4[3];
+    right[t % 8u * 4u + 0u][(t + 320u) / 8u / 4u][(t + 320u) / 8u % 4u] = right5[0];
+    right[t % 8u * 4u + 1u][(t + 320u) / 8u / 4u][(t + 320u) / 8u % 4u] = right5[1];
+    right[t % 8u * 4u + 2u][(t + 320u) / 8u / 4u][(t + 320u) / 8u % 4u] = right5[2];
+    right[t % 8u * 4u + 3u][(t + 320u) / 8u / 4u][(t + 320u) / 8u % 4u] = right5[3];
+    right[t % 8u * 4u + 0u][(t + 384u) / 8u / 4u][(t + 384u) / 8u % 4u] = right6[0];
+    right[t % 8u * 4u + 1u][(t + 384u) / 8u / 4u][(t + 384u) / 8u % 4u] = right6[1];
+    right[t % 8u * 4u + 2u][(t + 384u) / 8u / 4u][(t + 384u) / 8u % 4u] = right6[2];
+    right[t % 8u * 4u + 3u][(t + 384u) / 8u / 4u][(t + 384u) / 8u % 4u] = right6[3];
+    right[t % 8u * 4u + 0u][(t + 448u) / 8u / 4u][(t + 448u) / 8u % 4u] = right7[0];
+    right[t % 8u * 4u + 1u][(t + 448u) / 8u / 4u][(t + 448u) / 8u % 4u] = right7[1];
+    right[t % 8u * 4u + 2u][(t + 448u) / 8u / 4u][(t + 448u) / 8u % 4u] = right7[2];
+    right[t % 8u * 4u + 3u][(t + 448u) / 8u / 4u][(t + 448u) / 8u % 4u] = right7[3];
     workgroupBarrier();
     for (var k = 0u; k < 32u; k += 1u) {
       let l = rows[k][rowQuad];

@@ -17,8 +17,8 @@ struct Params {
 @group(0) @binding(3) var<storage, read_write> cache: array<vec4<f32>>;
 
 fn load_source(at: u32, column: u32, width: u32) -> vec4<f32> {
-  if (column >= width) { return vec4<f32>(); }
-  return source[(at + column) / 4u];
+  let quad = source[(at + min(column, width - 4u)) / 4u];
+  return select(vec4<f32>(), quad, column < width);
 }
 
 @compute @workgroup_size(64)

@@ -16,8 +16,8 @@ struct Params {
 @group(0) @binding(3) var<storage, read_write> output: array<f32>;
 
 fn load_attended(at: u32, column: u32, width: u32) -> vec4<f32> {
-  if (column >= width) { return vec4<f32>(); }
-  return attended[(at + column) / 4u];
+  let quad = attended[(at + min(column, width - 4u)) / 4u];
+  return select(vec4<f32>(), quad, column < width);
 }
 fn load_weight(at: u32, column: u32, width: u32) -> vec4<f32> {
   var quad = vec4<f32>();
@@ -28,15 +28,15 @@ fn load_weight(at: u32, column: u32, width: u32) -> vec4<f32> {
   return quad;
 }
 
+// What lies past the last token or column is another one's, and is not stored; past the depth there are zeros.
 fn tile(token: u32, head: u32, k: u32) -> vec4<f32> {
-  if (token >= params.tokens) { return vec4<f32>(); }
-  let quad = load_attended((token * params.heads + head) * 8u, k, DEPTH);
+  let quad = load_attended((min(token, params.tokens - 1u) * params.heads + head) * 8u, k, 8u);
   return select(vec4<f32>(), quad, vec4<u32>(k, k + 1u, k + 2u, k + 3u) < vec4<u32>(DEPTH));
 }
 
 fn weights(kvHead: u32, k: u32, n: u32) -> vec4<f32> {
-  if (k >= DEPTH) { return vec4<f32>(); }
-  return load_weight(params.weightBase + (k * params.kvHeads + kvHead) * V, n, V);
+  let quad = load_weight(params.weightBase + (min(k, DEPTH - 1u) * params.kvHeads + kvHead) * V, n, V);
+  return select(vec4<f32>(), quad, k < DEPTH);
 }
 
 var<workgroup> rows: array<array<vec4<f32>, 4>, 32>;
@@ -52,17 +52,37 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
   let columnQuad = t % 16u;
   var sums: array<vec4<f32>, 4>;
   for (var base = 0u; base < DEPTH; base += 32u) {
-    for (var piece = t; piece < 128u; piece += 64u) {
-      let m = piece / 8u;
-      let k = piece % 8u * 4u;
-      let quad = tile(firstToken + m, head, base + k);
-      for (var i = 0u; i < 4u; i += 1u) { rows[k + i][m / 4u][m % 4u] = quad[i]; }
-    }
-    for (var piece = t; piece < 512u; piece += 64u) {
-      let k = piece / 16u;
-      let n = piece % 16u;
-      right[k][n] = weights(kvHead, base + k, firstColumn + 4u * n);
-    }
+    // All loads before the first store, so that a step waits for memory once.
+    let m0 = (t + 0u) / 8u;
+    let k0 = t % 8u * 4u;
+    let left0 = tile(firstToken + m0, head, base + k0);
+    let m1 = (t + 64u) / 8u;
+    let k1 = t % 8u * 4u;
+    let left1 = tile(firstToken + m1, head, base + k1);
+    let right0 = weights(kvHead, base + (t + 0u) / 16u, firstColumn + 4u * (t % 16u));
+    let right1 = weights(kvHead, base + (t + 64u) / 16u, firstColumn + 4u * (t % 16u));
+    let right2 = weights(kvHead, base + (t + 128u) / 16u, firstColumn + 4u * (t % 16u));
+    let right3 = weights(kvHead, base + (t + 192u) / 16u, firstColumn + 4u * (t % 16u));
+    let right4 = weights(kvHead, base + (t + 256u) / 16u, firstColumn + 4u * (t % 16u));
+    let right5 = weights(kvHead, base + (t + 320u) / 16u, firstColumn + 4u * (t % 16u));
+    let right6 = weights(kvHead, base + (t + 384u) / 16u, firstColumn + 4u * (t % 16u));
+    let right7 = weights(kvHead, base + (t + 448u) / 16u, firstColumn + 4u * (t % 16u));
+    rows[k0 + 0u][m0 / 4u][m0 % 4u] = left0[0];
+    rows[k0 + 1u][m0 / 4u][m0 % 4u] = left0[1];
+    rows[k0 + 2u][m0 / 4u][m0 % 4u] = left0[2];
+    rows[k0 + 3u][m0 / 4u][m0 % 4u] = left0[3];
+    rows[k1 + 0u][m1 / 4u][m1 % 4u] = left1[0];
+    rows[k1 + 1u][m1 / 4u][m1 % 4u] = left1[1];
+    rows[k1 + 2u][m1 / 4u][m1 % 4u] = left1[2];
+    rows[k1 + 3u][m1 / 4u][m1 % 4u] = left1[3];
+    right[(t + 0u) / 16u][t % 16u] = right0;
+    right[(t + 64u) / 16u][t % 16u] = right1;
+    right[(t + 128u) / 16u][t % 16u] = right2;
+    right[(t + 192u) / 16u][t % 16u] = right3;
+    right[(t + 256u) / 16u][t % 16u] = right4;
+    right[(t + 320u) / 16u][t % 16u] = right5;
+    right[(t + 384u) / 16u][t % 16u] = right6;
+    right[(t + 448u) / 16u][t % 16u] = right7;
     workgroupBarrier();
     for (var k = 0u; k < 32u; k += 1u) {
       let l = rows[k][rowQuad];

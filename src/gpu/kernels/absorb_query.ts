@@ -90,14 +90,13 @@ fn main(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) g
 `;
   }
   return `${head}
+// What lies past the last token or column is another one's, and is not stored; past the depth weights are zeros.
 fn tile(token: u32, head: u32, k: u32) -> vec4<f32> {
-  if (token >= params.tokens) { return vec4<f32>(); }
-  return load_query(queryAt(token, head), k, DEPTH);
+  return load_query(queryAt(min(token, params.tokens - 1u), head), k, ${P + R}u);
 }
 
 fn weights(kvHead: u32, k: u32, n: u32) -> vec4<f32> {
-  if (n >= L) { return vec4<f32>(); }
-  return load_weight(params.weightBase + (n * params.kvHeads + kvHead) * DEPTH, k, DEPTH);
+  return load_weight(params.weightBase + (min(n, L - 1u) * params.kvHeads + kvHead) * DEPTH, k, DEPTH);
 }
 
 ${

@@ -6,6 +6,8 @@
 //   workgroup memory: 32 · (16 + 64) floats = 10 KiB. Decoding has few tokens: what counts is that each weight is read once
 //   for sixteen of them, and that heads and columns make enough workgroups to draw on the memory.
 
+import { indent, unroll } from "./register_tile.ts";
+
 /** Tokens of a workgroup. */
 export const productTokens = 16;
 
@@ -20,9 +22,7 @@ const depth = 32;
 /**
  * WGSL of the workgroup memory and of `main`.
  *
- * @param load WGSL statements that set `quad`, a vec4<f32>: `left(row, k)` four neighbours along k of token `row`.
- * @param weightAlongDepth Whether four neighbours in a weight are neighbours along k, rather than along n.
- * @param store WGSL statements over `token`, `head`, `column` (a multiple of 4) and `sum`, a vec4<f32>.
+ * @param product What is multiplied, and where the sums go.
  */
 export function headProduct(
   { left, weight, weightAlongDepth, prologue = "", store }: {
@@ -30,19 +30,39 @@ export function headProduct(
     readonly left: (token: string, k: string) => string;
     /** WGSL expression: four neighbours of the weight that begin at k and n. */
     readonly weight: (k: string, n: string) => string;
+    /** Whether those are neighbours along k, rather than along n. */
     readonly weightAlongDepth: boolean;
+    /** WGSL statements before all. */
     readonly prologue?: string;
+    /** WGSL statements over `token`, `head`, `column` (a multiple of 4) and `sum`, a vec4<f32>. */
     readonly store: string;
   },
 ): string {
-  const weightPiece = weightAlongDepth
-    ? `let n = piece / ${depth / 4}u;
-      let k = piece % ${depth / 4}u * 4u;
-      let quad = ${weight("base + k", "firstColumn + n")};
-      for (var i = 0u; i < 4u; i += 1u) { right[k + i][n / 4u][n % 4u] = quad[i]; }`
-    : `let k = piece / ${productColumns / 4}u;
-      let n = piece % ${productColumns / 4}u;
-      right[k][n] = ${weight("base + k", "firstColumn + 4u * n")};`;
+  const leftPieces = unroll(
+    productTokens * depth / 4 / productSize,
+    (i) =>
+      `let m${i} = (t + ${i * productSize}u) / ${depth / 4}u;
+let k${i} = t % ${depth / 4}u * 4u;
+let left${i} = ${left(`firstToken + m${i}`, `base + k${i}`)};`,
+  );
+  const rightPieces = unroll(productColumns * depth / 4 / productSize, (i) => {
+    const piece = `(t + ${i * productSize}u)`;
+    return weightAlongDepth
+      ? `let right${i} = ${weight(`base + t % ${depth / 4}u * 4u`, `firstColumn + ${piece} / ${depth / 4}u`)};`
+      : `let right${i} = ${
+        weight(`base + ${piece} / ${productColumns / 4}u`, `firstColumn + 4u * (t % ${productColumns / 4}u)`)
+      };`;
+  });
+  const storeLeft = unroll(
+    productTokens * depth / 4 / productSize,
+    (i) => unroll(4, (c) => `rows[k${i} + ${c}u][m${i} / 4u][m${i} % 4u] = left${i}[${c}];`),
+  );
+  const storeRight = unroll(productColumns * depth / 4 / productSize, (i) => {
+    const piece = `(t + ${i * productSize}u)`;
+    if (!weightAlongDepth) return `right[${piece} / ${productColumns / 4}u][t % ${productColumns / 4}u] = right${i};`;
+    const n = `${piece} / ${depth / 4}u`;
+    return unroll(4, (c) => `right[t % ${depth / 4}u * 4u + ${c}u][${n} / 4u][${n} % 4u] = right${i}[${c}];`);
+  });
   return `var<workgroup> rows: array<array<vec4<f32>, ${productTokens / 4}>, ${depth}>;
 var<workgroup> right: array<array<vec4<f32>, ${productColumns / 4}>, ${depth}>;
 
@@ -56,15 +76,11 @@ ${prologue}
   let columnQuad = t % ${productColumns / 4}u;
   var sums: array<vec4<f32>, 4>;
   for (var base = 0u; base < DEPTH; base += ${depth}u) {
-    for (var piece = t; piece < ${productTokens * depth / 4}u; piece += ${productSize}u) {
-      let m = piece / ${depth / 4}u;
-      let k = piece % ${depth / 4}u * 4u;
-      let quad = ${left("firstToken + m", "base + k")};
-      for (var i = 0u; i < 4u; i += 1u) { rows[k + i][m / 4u][m % 4u] = quad[i]; }
-    }
-    for (var piece = t; piece < ${productColumns * depth / 4}u; piece += ${productSize}u) {
-      ${weightPiece}
-    }
+    // All loads before the first store, so that a step waits for memory once.
+${indent(leftPieces, 4)}
+${indent(rightPieces, 4)}
+${indent(storeLeft, 4)}
+${indent(storeRight, 4)}
     workgroupBarrier();
     for (var k = 0u; k < ${depth}u; k += 1u) {
       let l = rows[k][rowQuad];

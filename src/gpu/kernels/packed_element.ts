@@ -23,14 +23,11 @@ export function packedType({ storage, quads }: PackedElements): string {
 export function packedLoad(name: string, { storage, quads }: PackedElements): string {
   const head = `fn load_${name}(at: u32, column: u32, width: u32) -> vec4<f32> {`;
   if (quads) {
-    const quad = `${name}[(at + column) / 4u]`;
+    // The load stands outside of a branch: inside of one each would wait for memory by itself.
+    const value = storage === "floats" ? "quad" : "vec4<f32>(unpack2x16float(quad.x), unpack2x16float(quad.y))";
     return `${head}
-  if (column >= width) { return vec4<f32>(); }
-  ${
-      storage === "floats"
-        ? `return ${quad};`
-        : `let quad = ${quad};\n  return vec4<f32>(unpack2x16float(quad.x), unpack2x16float(quad.y));`
-    }
+  let quad = ${name}[(at + min(column, width - 4u)) / 4u];
+  return select(vec4<f32>(), ${value}, column < width);
 }`;
   }
   const one = storage === "floats" ? `${name}[i]` : `unpack2x16float(${name}[i / 2u])[i % 2u]`;

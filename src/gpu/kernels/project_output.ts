@@ -59,15 +59,17 @@ ${projectOutputParams}
 ${packedLoad("attended", rows)}
 ${packedLoad("weight", weight)}
 
+// What lies past the last token or column is another one's, and is not stored; past the depth there are zeros.
 fn tile(token: u32, head: u32, k: u32) -> vec4<f32> {
-  if (token >= params.tokens) { return vec4<f32>(); }
-  let quad = load_attended((token * params.heads + head) * ${resultQuads({ kvLoraRank }) * 4}u, k, DEPTH);
+  let quad = load_attended((min(token, params.tokens - 1u) * params.heads + head) * ${
+    resultQuads({ kvLoraRank }) * 4
+  }u, k, ${resultQuads({ kvLoraRank }) * 4}u);
   return select(vec4<f32>(), quad, vec4<u32>(k, k + 1u, k + 2u, k + 3u) < vec4<u32>(DEPTH));
 }
 
 fn weights(kvHead: u32, k: u32, n: u32) -> vec4<f32> {
-  if (k >= DEPTH) { return vec4<f32>(); }
-  return load_weight(params.weightBase + (k * params.kvHeads + kvHead) * V, n, V);
+  let quad = load_weight(params.weightBase + (min(k, DEPTH - 1u) * params.kvHeads + kvHead) * V, n, V);
+  return select(vec4<f32>(), quad, k < DEPTH);
 }
 
 ${
