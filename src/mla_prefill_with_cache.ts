@@ -1,6 +1,7 @@
 // New tokens of a batch of sequences against what is cached of each: append, then attend in the formulation that is cheaper.
 
 import { emptyOnGpu, toGpu, viewOnGpu } from "./gpu/gpu_tensor.ts";
+import { halvesOnGpu } from "./gpu/half_copy.ts";
 import { insideOf, LatentCache } from "./latent_cache.ts";
 import { mergeAttentionStates } from "./merge_attention_states.ts";
 import { mlaAttention, type MlaExecutor } from "./flash_mla.ts";
@@ -185,7 +186,11 @@ class Prefill {
     if (runs.length === 1 && runs[0].formulation === "absorbed") return await this.#absorbed(runs[0]);
     const shape = [batch, queryLength, queryHeads, vHeadDim];
     const dtype = dtypeOf(query) === "f16" ? "f16" : "f32";
-    const output = isGpuTensor(query) ? await emptyOnGpu(shape, { dtype, device: cache.device }) : zeros(shape, dtype);
+    // Kernels write whole words: tokens of an odd number of halves are rounded when all are there.
+    const isOdd = isGpuTensor(query) && dtype === "f16" && queryHeads * vHeadDim % 2 === 1;
+    const output = isGpuTensor(query)
+      ? await emptyOnGpu(shape, { dtype: isOdd ? "f32" : dtype, device: cache.device })
+      : zeros(shape, dtype);
     const lent: OwnedGpuTensor[] = [];
     try {
       // One upload serves all runs and chunks.
@@ -202,7 +207,9 @@ class Prefill {
           await this.#expanded(s, this.#part(output, { first: s, end: s + 1 }), weights);
         }
       }
-      return output;
+      if (!isOdd) return output;
+      lent.push(output as OwnedGpuTensor);
+      return await halvesOnGpu(output as OwnedGpuTensor);
     } catch (error) {
       if (isGpuTensor(output)) (output as OwnedGpuTensor).dispose();
       throw error;

@@ -12,6 +12,7 @@ import {
   mlaPrefillWithCache,
   toFloats,
   toGpu,
+  toHalves,
   toHost,
 } from "../mod.ts";
 import { fewerFlops, flopsOf, visiblePairs } from "../src/op/formulation.ts";
@@ -232,6 +233,27 @@ describe("mlaPrefillWithCache() on the GPU", { skip }, () => {
     await check(mixed, { chunkKeys: 8, formulation: "expanded" }, { platform: "webgpu", resident: true }, 5);
     await check(mixed, { chunkKeys: 8 }, { platform: "webgpu", resident: true }, 6);
     assertEquals(buffers.lent, lent);
+  });
+
+  test("gives halves to a query of halves, of an odd number a token, too", async () => {
+    await testContext();
+    const random = normals(8);
+    const draw = (...shape: number[]) => randomTensor(shape, random);
+    const calls = { query: draw(1, 12, 1, P + R), rows: draw(1, 12, L + R), wKc: draw(L, 1, P), wVc: draw(L, 1, 5) };
+    const call = async (platform: "reference" | "webgpu") => {
+      using cache = await LatentCache.create({ platform, pages: 8, pageSize, kvLoraRank: L, qkRopeHeadDim: R });
+      const blockTable = { data: cache.allocate(8), shape: [2, 4] };
+      const where = { cache, blockTable, seqLens: [0, 0], cuSeqlens: [0, 1, 12] };
+      const query = toHalves(calls.query);
+      if (platform === "reference") return await mlaPrefillWithCache({ ...calls, query, ...where });
+      using resident = await toGpu(query);
+      const cfgs = { cfg: smallConfig, decodeCfg: smallDecodeConfig };
+      using result = await mlaPrefillWithCache({ ...calls, query: resident, ...where }, cfgs);
+      return await toHost(result);
+    };
+    const [result, expected] = [await call("webgpu"), await call("reference")];
+    assertEquals([result.dtype, result.shape], ["f16", [1, 12, 1, 5]]);
+    assertClose(result, toFloats(expected), { relL2: 1e-3 });
   });
 
   test("takes sequences that are not packed", async () => {

@@ -1,8 +1,10 @@
 // One copy between halves in a caller's buffer and dense float32 in memory of ours, ready to be recorded.
 
-import { denseStrides, type GpuTensor } from "../op/tensor.ts";
+import { denseStrides, type GpuTensor, type OwnedGpuTensor } from "../op/tensor.ts";
 import { BufferUsage } from "./buffers.ts";
-import type { GpuContext } from "./device.ts";
+import { type GpuContext, gpuContext, unlessLost } from "./device.ts";
+import { inErrorScopes } from "./error_scopes.ts";
+import { allocated } from "./gpu_tensor.ts";
 import { type HalfCopyDirection, wgsl, workgroupSize } from "./kernels/half_copy.ts";
 import { residentLayout, rowWindow } from "./operand_layout.ts";
 import type { RowRange } from "./schedule.ts";
@@ -72,4 +74,33 @@ export function halfCopy(
     },
     dispose: () => params.destroy(),
   };
+}
+
+/**
+ * A dense tensor of four axes, rounded to halves in memory of its own.
+ *
+ * @param floats The tensor, float32.
+ * @throws {FlashMLAError} With code `device` when the device fails.
+ */
+export async function halvesOnGpu(floats: OwnedGpuTensor): Promise<OwnedGpuTensor> {
+  const context = await gpuContext(floats.device);
+  const pipeline = await halfPipeline(context, "pack");
+  const halves = await allocated(context, floats.shape, "f16");
+  const [batch, length] = floats.shape;
+  try {
+    await unlessLost(context, () =>
+      inErrorScopes(context, "round a tensor to halves", () => {
+        const copy = halfCopy(context, pipeline, halves, { start: 0, end: batch * length }, floats.buffer);
+        const encoder = context.device.createCommandEncoder({ label: "flash-mla halves" });
+        const pass = encoder.beginComputePass();
+        copy.encode(pass);
+        pass.end();
+        context.device.queue.submit([encoder.finish()]);
+        copy.dispose();
+      }));
+    return halves;
+  } catch (error) {
+    halves.dispose();
+    throw error;
+  }
 }
