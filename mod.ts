@@ -113,3 +113,12 @@ export type { KvEntry, KvKey, KvOpener, KvStore } from "./src/cache/kv_store.ts"
 export { PersistentCache } from "./src/cache/persistent_cache.ts";
 export type { CacheHealth, PersistentCacheOptions } from "./src/cache/persistent_cache.ts";
 export type { CacheKey, CacheRecord, CandidateTiming } from "./src/cache/cache_record.ts";
+
+export { mlaModelConfig } from "./src/model/attention_config.ts";
+export type { MlaModelConfig, MlaModelType, QueryTemperature } from "./src/model/attention_config.ts";
+export type { ModelConfigFile } from "./src/model/config_fields.ts";
+export { describe } from "./src/model/describe.ts";
+export type { CacheBytes, DescribeOptions, MlaDescription } from "./src/model/describe.ts";
+export { presets } from "./src/model/presets.ts";
+export type { ModelPreset, PresetName } from "./src/model/presets.ts";
+export type { RopeConfig, RopeLayout, RopeType } from "./src/model/rope_config.ts";
