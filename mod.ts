@@ -55,6 +55,12 @@ export type {
 export { toFloats, toHalves } from "./src/op/half.ts";
 export { emptyOnGpu, toGpu, toHost, viewOnGpu } from "./src/gpu/gpu_tensor.ts";
 export type { EmptyOptions, ViewOptions } from "./src/gpu/gpu_tensor.ts";
+export { readSafetensors } from "./src/checkpoint/read_safetensors.ts";
+export type { SafetensorsOptions, SafetensorsSource, ShardSource } from "./src/checkpoint/read_safetensors.ts";
+export type { Checkpoint, StoredTensor } from "./src/checkpoint/checkpoint.ts";
+export type { RangeReader } from "./src/checkpoint/byte_source.ts";
+export type { FetchRange } from "./src/checkpoint/http_source.ts";
+export type { SafetensorsIndex } from "./src/checkpoint/sharded_index.ts";
 export { mlaProblem } from "./src/op/mla_problem.ts";
 export type { HostInputs, MlaInputs, MlaMathOptions, MlaProblem, RopeMode, TensorName } from "./src/op/mla_problem.ts";
 export type { Dropout, DropoutOptions } from "./src/op/dropout.ts";
