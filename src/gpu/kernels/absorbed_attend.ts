@@ -39,6 +39,7 @@ import {
   type RowStorage,
 } from "./absorbed_operands.ts";
 import { indent, stagedStride, unroll } from "./register_tile.ts";
+import { whyTooLarge } from "./workgroup_limits.ts";
 
 /** The tile of the kernel: the part of a configuration that it reads. */
 export type AbsorbedTile = Pick<DecodeConfig, "blockRows" | "blockK" | "numWarps" | "subgroups" | "pinned">;
@@ -169,14 +170,7 @@ export function whyInvalid(
   }
   const registers = 4 * valueRows * valueQuads;
   if (registers > 256) return `${registers} accumulators per invocation, at most 256 are kept in registers`;
-  if (workgroupSize > limits.maxComputeInvocationsPerWorkgroup) {
-    return `${workgroupSize} invocations pass maxComputeInvocationsPerWorkgroup = ${limits.maxComputeInvocationsPerWorkgroup}`;
-  }
-  const bytes = workgroupBytes(tile, shape);
-  if (bytes > limits.maxComputeWorkgroupStorageSize) {
-    return `${bytes} bytes of workgroup memory pass maxComputeWorkgroupStorageSize = ${limits.maxComputeWorkgroupStorageSize}`;
-  }
-  return null;
+  return whyTooLarge(workgroupSize, workgroupBytes(tile, shape), limits);
 }
 
 /** WGSL functions by how rows are stored: quad `quad` of the query row that begins at `base`, and a staged quad's columns. */

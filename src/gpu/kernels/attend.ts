@@ -36,6 +36,7 @@ import {
 import { rowMaximum, rowTotal } from "./row_reduction.ts";
 import { scoreConstants, scoreFunctions } from "./score_terms.ts";
 import { storageDirectives, store4 } from "./storage_element.ts";
+import { whyTooLarge } from "./workgroup_limits.ts";
 
 /** The tile of one attention kernel: the part of a configuration that it reads. */
 export type AttendTile = Pick<
@@ -124,14 +125,7 @@ export function whyInvalid(
   if (tile.unrollDepth && registers > 256) {
     return `${registers} accumulators per invocation, at most 256 are kept in registers`;
   }
-  if (workgroupSize > limits.maxComputeInvocationsPerWorkgroup) {
-    return `${workgroupSize} invocations pass maxComputeInvocationsPerWorkgroup = ${limits.maxComputeInvocationsPerWorkgroup}`;
-  }
-  const bytes = workgroupBytes(tile, shape);
-  if (bytes > limits.maxComputeWorkgroupStorageSize) {
-    return `${bytes} bytes of workgroup memory pass maxComputeWorkgroupStorageSize = ${limits.maxComputeWorkgroupStorageSize}`;
-  }
-  return null;
+  return whyTooLarge(workgroupSize, workgroupBytes(tile, shape), limits);
 }
 
 /** The kernel's source. */

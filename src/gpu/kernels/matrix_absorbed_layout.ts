@@ -4,6 +4,7 @@
 import type { Capabilities } from "../capabilities.ts";
 import type { AbsorbedShape } from "./absorbed_operands.ts";
 import { fragmentQuads, fragmentSize, type MatrixMemory, memoryBytes, subgroupSize } from "./matrix_unit.ts";
+import { whyTooLarge } from "./workgroup_limits.ts";
 
 /** The tile of one kernel. */
 export interface MatrixAbsorbedTile {
@@ -131,11 +132,5 @@ export function whyInvalid(
   if (registers > 228) {
     return `${registers} registers per invocation for fragments and latents, at most 228 are to be had`;
   }
-  if (workgroupSize > limits.maxComputeInvocationsPerWorkgroup) {
-    return `${workgroupSize} invocations pass maxComputeInvocationsPerWorkgroup = ${limits.maxComputeInvocationsPerWorkgroup}`;
-  }
-  const bytes = workgroupBytes(tile, shape);
-  return bytes <= limits.maxComputeWorkgroupStorageSize
-    ? null
-    : `${bytes} bytes of workgroup memory pass maxComputeWorkgroupStorageSize = ${limits.maxComputeWorkgroupStorageSize}`;
+  return whyTooLarge(workgroupSize, workgroupBytes(tile, shape), limits);
 }

@@ -38,6 +38,7 @@ import {
 import { indent, unroll } from "./register_tile.ts";
 import { scoreConstants, scoreFunctions, termBinding } from "./score_terms.ts";
 import { load4, storageDirectives, store4 } from "./storage_element.ts";
+import { whyTooLarge } from "./workgroup_limits.ts";
 
 /** The tile of one kernel. */
 export interface MatrixAttendTile {
@@ -142,13 +143,7 @@ export function whyInvalid(
   }
   const registers = rowFragments * (depthFragments * 4 + (valueFragments / sharing) * 8 + keyFragments / sharing * 8);
   if (registers > 224) return `${registers} registers per invocation for fragments, at most 224 are to be had`;
-  if (workgroupSize > limits.maxComputeInvocationsPerWorkgroup) {
-    return `${workgroupSize} invocations pass maxComputeInvocationsPerWorkgroup = ${limits.maxComputeInvocationsPerWorkgroup}`;
-  }
-  const bytes = workgroupBytes(tile, widths);
-  return bytes <= limits.maxComputeWorkgroupStorageSize
-    ? null
-    : `${bytes} bytes of workgroup memory pass maxComputeWorkgroupStorageSize = ${limits.maxComputeWorkgroupStorageSize}`;
+  return whyTooLarge(workgroupSize, workgroupBytes(tile, widths), limits);
 }
 
 /** The kernel's source. */

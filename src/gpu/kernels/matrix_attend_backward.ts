@@ -34,6 +34,7 @@ import {
 } from "./matrix_unit.ts";
 import { indent, unroll } from "./register_tile.ts";
 import { scoreConstants, scoreFunctions, type ScoreTerms, storesHalves, termBinding } from "./score_terms.ts";
+import { whyTooLarge } from "./workgroup_limits.ts";
 
 /** What one kernel computes: ∂query, or ∂K, ∂V and ∂rope. */
 export type MatrixGradTarget = "query" | "keys";
@@ -135,13 +136,7 @@ export function whyInvalid(
     columns / (2 * fragmentSize) * 8
   );
   if (registers > 224) return `${registers} registers per invocation for fragments, at most 224 are to be had`;
-  if (map.workgroupSize > limits.maxComputeInvocationsPerWorkgroup) {
-    return `${map.workgroupSize} invocations pass maxComputeInvocationsPerWorkgroup = ${limits.maxComputeInvocationsPerWorkgroup}`;
-  }
-  const bytes = workgroupBytes(tile, widths, target);
-  return bytes <= limits.maxComputeWorkgroupStorageSize
-    ? null
-    : `${bytes} bytes of workgroup memory pass maxComputeWorkgroupStorageSize = ${limits.maxComputeWorkgroupStorageSize}`;
+  return whyTooLarge(map.workgroupSize, workgroupBytes(tile, widths, target), limits);
 }
 
 /** The kernel's source. */

@@ -21,6 +21,7 @@ import {
 } from "./matrix_unit.ts";
 import { indent, unroll } from "./register_tile.ts";
 import { storageDirectives, type StorageElement } from "./storage_element.ts";
+import { whyTooLarge } from "./workgroup_limits.ts";
 
 /** The tile of one kernel. */
 export interface MatrixExpandTile {
@@ -80,15 +81,7 @@ export function whyInvalid(tile: MatrixExpandTile, { limits }: Pick<Capabilities
   if (!Number.isInteger(subgroups) || tile.depth % fragmentSize !== 0) {
     return `${tile.blockM} × ${tile.blockN} × ${tile.depth} is not a whole number of the subgroups' parts`;
   }
-  if (workgroupSize(tile) > limits.maxComputeInvocationsPerWorkgroup) {
-    return `${
-      workgroupSize(tile)
-    } invocations pass maxComputeInvocationsPerWorkgroup = ${limits.maxComputeInvocationsPerWorkgroup}`;
-  }
-  const bytes = workgroupBytes(tile);
-  return bytes <= limits.maxComputeWorkgroupStorageSize
-    ? null
-    : `${bytes} bytes of workgroup memory pass maxComputeWorkgroupStorageSize = ${limits.maxComputeWorkgroupStorageSize}`;
+  return whyTooLarge(workgroupSize(tile), workgroupBytes(tile), limits);
 }
 
 /** Columns of the result, padding included. */
