@@ -4,6 +4,7 @@ import type { AppendStep, CacheStore } from "../op/decode_implementation.ts";
 import type { CacheLayout } from "../op/decode_problem.ts";
 import { FlashMLAError } from "../op/errors.ts";
 import { type AnyIndexTensor, isGpuIndex } from "../op/index_tensor.ts";
+import { placeOf } from "../op/sequence_places.ts";
 import type { GpuTensor } from "../op/tensor.ts";
 import { boundIndices, boundTensor } from "./bound_tensor.ts";
 import { BufferUsage } from "./buffers.ts";
@@ -184,11 +185,9 @@ export class GpuLatentStore implements CacheStore {
     const { pageSize, pages } = this.layout;
     const size = Math.max(16, 4 * rows.length);
     if (!isGpuIndex(blockTable) && !isGpuIndex(seqLens)) {
-      const columns = blockTable.shape[1];
-      const found = rows.map(([sequence, offset]) => {
-        const key = seqLens.data[sequence] + offset;
-        return blockTable.data[sequence * columns + Math.floor(key / pageSize)] * pageSize + key % pageSize;
-      });
+      const found = rows.map(([sequence, offset]) =>
+        placeOf(blockTable, sequence, seqLens.data[sequence] + offset, pageSize)
+      );
       return { places: { buffer: steps.upload(Uint32Array.from(found)), size }, before: [] };
     }
     const places = { buffer: steps.borrow(size), size };

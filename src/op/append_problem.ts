@@ -1,6 +1,6 @@
 // Appending to a paged cache, validated: where each row goes, and which shared pages have to be copied before.
 
-import { checkOffsets, checkPage, checkSeqLens, type SeqLens, tableColumns } from "./sequence_places.ts";
+import { checkOffsets, checkPage, checkSeqLens, placeOf, type SeqLens, tableColumns } from "./sequence_places.ts";
 import { FlashMLAError } from "./errors.ts";
 import { type AnyIndexTensor, type IndexTensor, isGpuIndex } from "./index_tensor.ts";
 import type { PageAllocator } from "./page_allocator.ts";
@@ -91,12 +91,10 @@ export function placesOf(
   rowStarts: readonly number[],
   pageSize: number,
 ): Uint32Array<ArrayBuffer> {
-  const columns = table.shape[1];
   const places = new Uint32Array(rowStarts[rowStarts.length - 1]);
   seqLens.forEach((keys, sequence) => {
     for (let row = rowStarts[sequence]; row < rowStarts[sequence + 1]; row++) {
-      const key = keys + row - rowStarts[sequence];
-      places[row] = table.data[sequence * columns + Math.floor(key / pageSize)] * pageSize + key % pageSize;
+      places[row] = placeOf(table, sequence, keys + row - rowStarts[sequence], pageSize);
     }
   });
   return places;

@@ -1,6 +1,7 @@
 // Which of two equal ways of computing attention takes fewer multiplications.
 
 import type { DecodeProblem } from "./decode_problem.ts";
+import { visibleKeys } from "./segments.ts";
 
 /** `absorbed` works on latents alone; `expanded` rebuilds keys and values first. */
 export type Formulation = "absorbed" | "expanded";
@@ -14,14 +15,13 @@ type Widths = Pick<DecodeProblem, "queryHeads" | "kvHeads" | "kvLoraRank" | "qkR
 export function visiblePairs(
   queries: number,
   keys: number,
-  { causal, slidingWindow }: Pick<DecodeProblem, "causal" | "slidingWindow">,
+  options: Pick<DecodeProblem, "causal" | "slidingWindow">,
 ): number {
-  const [left, right] = slidingWindow ?? [Infinity, Infinity];
+  const segment = { queryStart: 0, queryEnd: queries, keyStart: 0, keyEnd: keys, item: 0 };
   let pairs = 0;
-  for (let i = 0; i < queries; i++) {
-    const position = keys - queries + i;
-    const last = Math.min(keys, position + (causal ? 0 : right) + 1);
-    pairs += Math.max(0, last - Math.max(0, position - left));
+  for (let row = 0; row < queries; row++) {
+    const { start, end } = visibleKeys(segment, row, options);
+    pairs += end - start;
   }
   return pairs;
 }

@@ -48,6 +48,11 @@ export function checkPage(
   if (holders(page) === 0) refuse(`${where}, a page that was freed or never allocated; cache.allocate() gives pages`);
 }
 
+/** Where a key's row is, counted through all pages. */
+export function placeOf(table: IndexTensor, sequence: number, key: number, pageSize: number): number {
+  return table.data[sequence * table.shape[1] + Math.floor(key / pageSize)] * pageSize + key % pageSize;
+}
+
 /** The columns of a block table that has a row for each sequence. */
 export function tableColumns(
   table: AnyIndexTensor | undefined,

@@ -6,6 +6,7 @@
 // Rows that are not seen are never read.
 
 import type { DecodeProblem } from "../op/decode_problem.ts";
+import type { KeyRange } from "../op/segments.ts";
 import { largest } from "./attend.ts";
 import { dot } from "./scores.ts";
 
@@ -22,7 +23,7 @@ export interface CachedRows {
  *
  * @param query q_c and, behind it, q_r, `[L + R]`.
  * @param rows The sequence's rows.
- * @param range The keys that the query sees: the first, and one past the last.
+ * @param range The keys that the query sees.
  * @param problem The call's dimensions.
  * @param sinks The head's sink logits.
  * @param into Takes o, `[L]`; zeros where the query sees no key.
@@ -31,7 +32,7 @@ export interface CachedRows {
 export function absorbedAttend(
   query: Float64Array,
   rows: CachedRows,
-  [first, last]: readonly [number, number],
+  { start: first, end: last }: KeyRange,
   { kvLoraRank: L, qkRopeHeadDim: R, softmaxScale, logitsSoftCap: cap }: DecodeProblem,
   sinks: Float32Array,
   into: Float64Array,

@@ -6,10 +6,10 @@
 
 import { dropoutFactors } from "../op/dropout.ts";
 import type { HostInputs, MlaProblem } from "../op/mla_problem.ts";
-import { sinksPerHead } from "../op/score_options.ts";
 import type { Segment } from "../op/segments.ts";
 import type { ExpandedHead } from "./expand.ts";
 import { headScores } from "./scores.ts";
+import { headSinks } from "./sinks.ts";
 
 /** What attention gives, for all heads and rows. */
 export interface AttentionRows {
@@ -40,7 +40,7 @@ export function attend(
   const { queryHeads: H, queryLength, vHeadDim: V, dropout } = problem;
   const { value } = expanded;
   const { score, compute } = headScores(inputs, problem, segment, head, expanded);
-  const sinks = headSinks(inputs, problem, head);
+  const sinks = headSinks(inputs.softmaxAux, problem.queryHeads, head);
   const factor = dropout && dropoutFactors(dropout, segment.item, head);
   const accumulator = new Float64Array(V);
 
@@ -81,11 +81,4 @@ export function largest(score: Float64Array, first: number, last: number): numbe
 /** The key row that a segment's batch item begins with. */
 export function keyOrigin({ keyLength }: MlaProblem, { item }: Segment): number {
   return item * keyLength;
-}
-
-/** The sink logits of one head; none without sinks. */
-export function headSinks(inputs: HostInputs, { sinks, queryHeads }: MlaProblem, head: number): Float32Array {
-  if (sinks === 0) return new Float32Array(0);
-  const { data, shape } = inputs.softmaxAux!;
-  return data.subarray(...sinksPerHead(shape, queryHeads) ? [head * sinks, (head + 1) * sinks] : [0, sinks]);
 }

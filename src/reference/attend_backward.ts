@@ -14,7 +14,8 @@
 import { dropoutFactors } from "../op/dropout.ts";
 import type { HostInputs, MlaProblem } from "../op/mla_problem.ts";
 import type { Segment } from "../op/segments.ts";
-import { headSinks, keyOrigin, largest } from "./attend.ts";
+import { keyOrigin, largest } from "./attend.ts";
+import { headSinks } from "./sinks.ts";
 import type { ExpandedHead } from "./expand.ts";
 import { dot, headScores } from "./scores.ts";
 
@@ -58,7 +59,7 @@ export function attendBackward(
   const { softmaxScale, logitsSoftCap: cap, dropout, rope } = problem;
   const { keyNope, value } = expanded;
   const { query, scaled, score, keyRope, compute, termIndex } = headScores(inputs, problem, segment, head, expanded);
-  const sinks = headSinks(inputs, problem, head);
+  const sinks = headSinks(inputs.softmaxAux, problem.queryHeads, head);
   const factor = dropout && dropoutFactors(dropout, segment.item, head);
   const queryWidth = rope === "in_query" ? P + R : P;
   const keys = segment.keyEnd - segment.keyStart;

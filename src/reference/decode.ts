@@ -1,10 +1,11 @@
 // The oracle of decoding: absorbed attention over a cache of latent rows, in double precision.
 
 import { decodedLseShape, decodedShape, type DecodeProblem } from "../op/decode_problem.ts";
-import { sinksPerHead } from "../op/score_options.ts";
+import { visibleKeys } from "../op/segments.ts";
 import { elementCount, type Tensor } from "../op/tensor.ts";
 import { absorbedAttend } from "./absorbed_attend.ts";
 import { absorbQuery, projectOutput } from "./absorb.ts";
+import { headSinks } from "./sinks.ts";
 
 /** What a call reads, in float32 on the host. */
 export interface HostDecodeTensors {
@@ -20,24 +21,6 @@ export interface HostDecodeTensors {
   readonly rows: Float32Array;
   /** Index of the first element of a key's row. */
   rowAt(sequence: number, key: number): number;
-}
-
-/**
- * The keys that a token sees: the first, and one past the last.
- *
- * @param problem The call's dimensions.
- * @param keys Keys of the token's sequence.
- * @param fromLast Tokens from this one to the sequence's last one, which stands on the last key.
- */
-export function visibleRange(
-  { causal, slidingWindow }: Pick<DecodeProblem, "causal" | "slidingWindow">,
-  keys: number,
-  fromLast: number,
-): [first: number, last: number] {
-  const position = keys - 1 - fromLast;
-  const [left, right] = slidingWindow ?? [Infinity, Infinity];
-  const last = Math.min(keys, position + (causal ? 0 : right) + 1);
-  return [Math.max(0, position - left), Math.max(0, last)];
 }
 
 /**
@@ -60,21 +43,21 @@ export function referenceDecode(
   const absorbed = new Float64Array(L + R);
   const attended = new Float64Array(L);
   const projected = new Float64Array(V);
-  const none = new Float32Array(0);
 
   problem.seqLens!.forEach((keys, sequence) => {
     const cached = { data: rows, at: (key: number) => rowAt(sequence, key) };
-    const end = tokenStarts[sequence + 1];
-    for (let token = tokenStarts[sequence]; token < end; token++) {
-      const range = visibleRange(problem, keys, end - 1 - token);
+    const [start, end] = [tokenStarts[sequence], tokenStarts[sequence + 1]];
+    const segment = { queryStart: start, queryEnd: end, keyStart: 0, keyEnd: keys, item: sequence };
+    for (let token = start; token < end; token++) {
+      const range = visibleKeys(segment, token, problem);
       for (let h = 0; h < H; h++) {
-        const start = (token * H + h) * width;
-        if (wKc === undefined) absorbed.set(query.data.subarray(start, start + L + R));
+        const at = (token * H + h) * width;
+        if (wKc === undefined) absorbed.set(query.data.subarray(at, at + L + R));
         else {
-          absorbQuery(query.data, start, wKc, Math.floor(h * kvHeads / H), absorbed);
-          absorbed.set(query.data.subarray(start + width - R, start + width), L);
+          absorbQuery(query.data, at, wKc, Math.floor(h * kvHeads / H), absorbed);
+          absorbed.set(query.data.subarray(at + width - R, at + width), L);
         }
-        const sinks = softmaxAux === undefined ? none : headSinks(softmaxAux, H, h);
+        const sinks = headSinks(softmaxAux, H, h);
         const logSum = absorbedAttend(absorbed, cached, range, problem, sinks, attended);
         if (wVc !== undefined) projectOutput(attended, wVc, Math.floor(h * kvHeads / H), projected);
         output.set(wVc === undefined ? attended : projected, (token * H + h) * V);
@@ -83,11 +66,4 @@ export function referenceDecode(
     }
   });
   return { output: { data: output, shape: shapes.output }, lse: { data: lse, shape: shapes.lse } };
-}
-
-/** The sink logits of one head. */
-export function headSinks({ data, shape }: Tensor, queryHeads: number, head: number): Float32Array {
-  if (!sinksPerHead(shape, queryHeads)) return data;
-  const count = data.length / queryHeads;
-  return data.subarray(head * count, (head + 1) * count);
 }

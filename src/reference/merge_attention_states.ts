@@ -7,8 +7,8 @@
 // lse −∞, with sinks too.
 
 import type { AttentionState } from "../op/attention_state.ts";
-import { sinksPerHead } from "../op/score_options.ts";
 import { elementCount, type Tensor } from "../op/tensor.ts";
+import { headSinks } from "./sinks.ts";
 
 /** A state on the host in float32: output `[batch, queryLength, queryHeads, vHeadDim]`, lse `[batch, queryHeads, queryLength]`. */
 export type HostState = AttentionState<Tensor, Tensor>;
@@ -27,7 +27,7 @@ export function referenceMergeAttentionStates(a: HostState, b: HostState, softma
   const lse = { data: new Float32Array(elementCount(a.lse.shape)), shape: [...a.lse.shape] };
   for (let item = 0; item < batch; item++) {
     for (let h = 0; h < queryHeads; h++) {
-      const sinks = softmaxAux === undefined ? noSinks : sinksOf(softmaxAux, queryHeads, h);
+      const sinks = headSinks(softmaxAux, queryHeads, h);
       for (let i = 0; i < queryLength; i++) {
         const at = (item * queryHeads + h) * queryLength + i;
         const parts = [a, b].filter((part) => part.lse.data[at] !== -Infinity);
@@ -35,7 +35,7 @@ export function referenceMergeAttentionStates(a: HostState, b: HostState, softma
         if (parts.length === 0) continue;
         const max = Math.max(...parts.map((part) => part.lse.data[at]), ...sinks);
         const weights = parts.map((part) => Math.exp(part.lse.data[at] - max));
-        const sum = [...weights, ...sinks.map((sink) => Math.exp(sink - max))].reduce((x, y) => x + y);
+        const sum = [...weights, ...Array.from(sinks, (sink) => Math.exp(sink - max))].reduce((x, y) => x + y);
         const row = ((item * queryLength + i) * queryHeads + h) * vHeadDim;
         for (let v = row; v < row + vHeadDim; v++) {
           output.data[v] = parts.reduce((value, part, n) => value + weights[n] * part.output.data[v], 0) / sum;
@@ -45,13 +45,4 @@ export function referenceMergeAttentionStates(a: HostState, b: HostState, softma
     }
   }
   return { output, lse };
-}
-
-const noSinks: readonly number[] = [];
-
-/** The sink logits of one head. */
-function sinksOf({ data, shape }: Tensor, queryHeads: number, head: number): readonly number[] {
-  if (!sinksPerHead(shape, queryHeads)) return [...data];
-  const count = data.length / queryHeads;
-  return [...data.subarray(head * count, (head + 1) * count)];
 }

@@ -12,6 +12,7 @@ import type { CacheLayout, DecodeProblem } from "../op/decode_problem.ts";
 import { FlashMLAError } from "../op/errors.ts";
 import { toFloats, toHalves, writeFloats } from "../op/half.ts";
 import { type AnyIndexTensor, type IndexTensor, isGpuIndex } from "../op/index_tensor.ts";
+import { placeOf } from "../op/sequence_places.ts";
 import { type AnyTensor, dtypeOf, type HostTensor, isGpuTensor, type Tensor } from "../op/tensor.ts";
 import { referenceDecode } from "./decode.ts";
 
@@ -64,11 +65,6 @@ class HostStore implements CacheStore {
   dispose(): void {
     this.#data = new Float32Array(0);
   }
-}
-
-/** Where a key's row is, counted through all pages. */
-function placeOf(table: IndexTensor, sequence: number, key: number, pageSize: number): number {
-  return table.data[sequence * table.shape[1] + Math.floor(key / pageSize)] * pageSize + key % pageSize;
 }
 
 /** The oracle has no tiles. */
