@@ -6,9 +6,9 @@ import type { DecodeProblem } from "../op/decode_problem.ts";
 import { FlashMLAError } from "../op/errors.ts";
 import { ceilPowerOfTwo } from "../op/length_bucket.ts";
 import type { Capabilities } from "./capabilities.ts";
+import { absorbedSource, matrixAbsorbedSource } from "./kernel_sources.ts";
 import * as plain from "./kernels/absorbed_attend.ts";
 import type { AbsorbedShape, RowStorage } from "./kernels/absorbed_operands.ts";
-import * as matrix from "./kernels/matrix_absorbed_attend.ts";
 import { type MatrixAbsorbedTile, whyInvalid as whyMatrixInvalid } from "./kernels/matrix_absorbed_layout.ts";
 
 /** A kernel of absorbed attention under one configuration. */
@@ -21,9 +21,14 @@ export interface Attends {
 
 /** The kernel that a configuration names. */
 export function attendsBy(cfg: DecodeConfig, capabilities: Capabilities): Attends {
-  if (!cfg.matrixUnits) return { query: "either", wgsl: (shape) => plain.wgsl(cfg, shape, capabilities) };
+  if (!cfg.matrixUnits) return { query: "either", wgsl: (shape) => absorbedSource(tileOf(cfg), shape, capabilities) };
   const tile = matrixTile(cfg);
-  return { query: "halves", wgsl: (shape) => matrix.wgsl(tile, shape, capabilities.matrixUnits!) };
+  return { query: "halves", wgsl: (shape) => matrixAbsorbedSource(tile, shape, capabilities.matrixUnits!) };
+}
+
+/** What of a configuration the plain kernel reads: not how far keys are split. */
+function tileOf({ blockRows, blockK, numWarps, subgroups, pinned }: DecodeConfig): plain.AbsorbedTile {
+  return { blockRows, blockK, numWarps, subgroups, pinned };
 }
 
 function matrixTile({ blockRows, blockK, numWarps, pinned }: DecodeConfig): MatrixAbsorbedTile {

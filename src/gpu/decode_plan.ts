@@ -16,6 +16,7 @@ import { type QueryRows, queryRows, sinkRow } from "./decode_queries.ts";
 import { resultPlace, type ResultRows, resultRows } from "./decode_results.ts";
 import { boundWork } from "./decode_work.ts";
 import type { GpuContext } from "./device.ts";
+import { mergeSplitsSource } from "./kernel_sources.ts";
 import { type KernelStep, KernelSteps } from "./kernel_steps.ts";
 import {
   absorbedBindings as at,
@@ -155,7 +156,7 @@ function attention(
   const lanes = problem.splitKeys === null ? merge.mergeLanes(schedule.mostSplits) : merge.fixedLanes;
   const merging: KernelStep = {
     label: "merge splits",
-    code: merge.wgsl(whole, blockRows, lanes),
+    code: mergeSplitsSource(whole, blockRows, lanes),
     bindings: { 0: steps.params(absorbedParams(params(caches[0]))), 1: schedule.merges, ...ends },
     workgroups: [
       Math.min(schedule.mergeCount, most),

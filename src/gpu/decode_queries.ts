@@ -4,6 +4,7 @@ import { sinksPerHead } from "../op/score_options.ts";
 import { denseStrides, isGpuTensor } from "../op/tensor.ts";
 import { boundTensor } from "./bound_tensor.ts";
 import { type DecodeCall, productGrid, stridingWorkgroups, tokensOf } from "./decode_call.ts";
+import { absorbQuerySource, sinksSource } from "./kernel_sources.ts";
 import type { KernelStep } from "./kernel_steps.ts";
 import * as absorb from "./kernels/absorb_query.ts";
 import { quadElements, rowQuads, type RowStorage } from "./kernels/absorbed_operands.ts";
@@ -45,7 +46,7 @@ export function queryRows(call: DecodeCall, wanted: RowStorage | "either", befor
   const [item, row, head] = bound.strides;
   before.push({
     label: "absorb query",
-    code: absorb.wgsl({
+    code: absorbQuerySource({
       query: bound.elements,
       weight: weight && weight.elements,
       result,
@@ -93,7 +94,7 @@ export async function sinkRow(call: DecodeCall, before: KernelStep[]): Promise<G
   const perHead = sinksPerHead(softmaxAux.shape, queryHeads) ? strides[0] : 0;
   before.push({
     label: "sinks",
-    code: sinksKernel.wgsl(softmaxAux.dtype),
+    code: sinksSource(softmaxAux.dtype),
     bindings: {
       0: steps.params(Uint32Array.of(queryHeads, sinks, base, perHead)),
       1: binding,

@@ -3,6 +3,7 @@
 import { elementBytes, elementCount, type GpuTensor } from "../op/tensor.ts";
 import { boundTensor } from "./bound_tensor.ts";
 import { type DecodeCall, productGrid, stridingWorkgroups, tokensOf } from "./decode_call.ts";
+import { projectOutputSource } from "./kernel_sources.ts";
 import type { KernelStep } from "./kernel_steps.ts";
 import { resultQuads, type RowStorage } from "./kernels/absorbed_operands.ts";
 import * as project from "./kernels/project_output.ts";
@@ -86,7 +87,13 @@ function projectedRows(call: DecodeCall, output: GpuTensor, after: KernelStep[])
     : { binding: place.binding, base: 0, storage: "floats" };
   after.push({
     label: "project output",
-    code: project.wgsl({ attended: "floats", weight: weight.elements, result: into.storage, kvLoraRank, vHeadDim }),
+    code: projectOutputSource({
+      attended: "floats",
+      weight: weight.elements,
+      result: into.storage,
+      kvLoraRank,
+      vHeadDim,
+    }),
     bindings: {
       0: steps.params(
         Uint32Array.of(tokensOf(problem), queryHeads, kvHeads, weight.base, place?.base ?? into.base * 4),

@@ -3,6 +3,9 @@
 
 import type { FlashMLAConfig } from "../op/config.ts";
 import type { Capabilities } from "./capabilities.ts";
+import * as absorbQuery from "./kernels/absorb_query.ts";
+import * as absorbed from "./kernels/absorbed_attend.ts";
+import type { AbsorbedShape } from "./kernels/absorbed_operands.ts";
 import * as attend from "./kernels/attend.ts";
 import * as attendBackward from "./kernels/attend_backward.ts";
 import type { GradTile } from "./kernels/attend_backward.ts";
@@ -11,8 +14,12 @@ import type { AttendShape } from "./kernels/attend_operands.ts";
 import * as expand from "./kernels/expand.ts";
 import * as expandBackward from "./kernels/expand_backward.ts";
 import * as headSum from "./kernels/head_sum.ts";
+import * as mergeSplits from "./kernels/merge_splits.ts";
+import * as projectOutput from "./kernels/project_output.ts";
 import * as rowStats from "./kernels/row_stats.ts";
 import * as sinkGradient from "./kernels/sink_gradient.ts";
+import * as matrixAbsorbed from "./kernels/matrix_absorbed_attend.ts";
+import type { MatrixAbsorbedTile } from "./kernels/matrix_absorbed_layout.ts";
 import * as matrixAttend from "./kernels/matrix_attend.ts";
 import * as matrixGrad from "./kernels/matrix_attend_backward.ts";
 import * as matrixExpand from "./kernels/matrix_expand.ts";
@@ -38,6 +45,42 @@ function remembered(key: string, make: () => string): string {
     sources.set(key, source = make());
   }
   return source;
+}
+
+/** Absorbed attention. */
+export function absorbedSource(
+  tile: absorbed.AbsorbedTile,
+  shape: AbsorbedShape,
+  capabilities: Pick<Capabilities, "subgroups">,
+): string {
+  const key = `absorbed ${JSON.stringify([tile, shape, capabilities.subgroups])}`;
+  return remembered(key, () => absorbed.wgsl(tile, shape, capabilities));
+}
+
+/** Absorbed attention on matrix units. */
+export function matrixAbsorbedSource(tile: MatrixAbsorbedTile, shape: AbsorbedShape, backend: MatrixBackend): string {
+  return remembered(
+    `matrix absorbed ${JSON.stringify([tile, shape, backend])}`,
+    () => matrixAbsorbed.wgsl(tile, shape, backend),
+  );
+}
+
+/** The kernel that merges the splits of absorbed attention. */
+export function mergeSplitsSource(shape: AbsorbedShape, blockRows: number, lanes: number): string {
+  return remembered(
+    `merge splits ${JSON.stringify([shape, blockRows, lanes])}`,
+    () => mergeSplits.wgsl(shape, blockRows, lanes),
+  );
+}
+
+/** The kernel that absorbs queries, or copies absorbed ones. */
+export function absorbQuerySource(shape: absorbQuery.AbsorbQueryShape): string {
+  return remembered(`absorb query ${JSON.stringify(shape)}`, () => absorbQuery.wgsl(shape));
+}
+
+/** The projection of attended latents. */
+export function projectOutputSource(shape: projectOutput.ProjectOutputShape): string {
+  return remembered(`project output ${JSON.stringify(shape)}`, () => projectOutput.wgsl(shape));
 }
 
 /** The expansion kernel. */
