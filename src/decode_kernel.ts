@@ -9,7 +9,6 @@ import {
   isOnGpu,
   type MlaDecodeInputs,
   type MlaDecodeOptions,
-  namedTensors,
 } from "./decode_options.ts";
 import { readIndices } from "./gpu/index_readback.ts";
 import { asTensor, insideOf, LatentCache } from "./latent_cache.ts";
@@ -17,7 +16,7 @@ import { outputsAgree } from "./op/agreement.ts";
 import type { AttentionState } from "./op/attention_state.ts";
 import { decodeBucket, decodeSignature } from "./op/decode_bucket.ts";
 import type { DecodeConfig } from "./op/decode_config.ts";
-import type { DecodeInputs, DecodeTarget } from "./op/decode_implementation.ts";
+import { type DecodeInputs, type DecodeTarget, namedTensors } from "./op/decode_implementation.ts";
 import { type DecodeProblem, decodeProblem, tensorLayout } from "./op/decode_problem.ts";
 import { checkPages } from "./op/sequence_places.ts";
 import { FlashMLAError } from "./op/errors.ts";
@@ -243,7 +242,16 @@ export function prepared(invocation: Invocation<MlaDecodeCall>): MlaDecodeInvoca
 function heldIndex(index: AnyIndexTensor): AnyIndexTensor {
   if (!isGpuIndex(index)) return { data: index.data.slice(), shape: [...index.shape] };
   const { buffer, shape, dtype, offset, device } = index;
-  return { buffer, shape: [...shape], dtype, offset, device };
+  return {
+    buffer,
+    shape: [...shape],
+    dtype,
+    offset,
+    device,
+    get disposed() {
+      return index.disposed;
+    },
+  };
 }
 
 async function checkGpuIndices(

@@ -3,7 +3,7 @@
 import type { LatentCache } from "./latent_cache.ts";
 import type { MlaDecodeExecutor } from "./decode_kernel.ts";
 import type { DecodeConfig } from "./op/decode_config.ts";
-import type { DecodeInputs } from "./op/decode_implementation.ts";
+import { type DecodeInputs, namedTensors } from "./op/decode_implementation.ts";
 import { decodedShape, type DecodeMathOptions, type DecodeProblem, type DecodeTensors } from "./op/decode_problem.ts";
 import { FlashMLAError } from "./op/errors.ts";
 import type { AnyIndexTensor } from "./op/index_tensor.ts";
@@ -99,15 +99,6 @@ export function checkOut(out: AnyTensor, problem: DecodeProblem): void {
   if (isGpuTensor(out) && overlaps(out)) {
     cannotDecode(`out has strides [${out.strides}], which may give two elements one place`);
   }
-}
-
-/** The tensors of a call by name, wherever they lie. */
-export function namedTensors(
-  { query, cache, wKc, wVc, softmaxAux, blockTable, seqLens }: DecodeInputs,
-  out: AnyTensor | undefined,
-): [name: string, tensor: AnyTensor | AnyIndexTensor][] {
-  const tensors = { query, wKc, wVc, softmaxAux, blockTable, seqLens, out, ...("append" in cache ? {} : { cache }) };
-  return Object.entries(tensors).filter((entry): entry is [string, AnyTensor] => entry[1] !== undefined);
 }
 
 /** Whether a tensor lies on a GPU. */

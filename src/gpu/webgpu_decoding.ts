@@ -2,7 +2,13 @@
 
 import type { AttentionState } from "../op/attention_state.ts";
 import type { DecodeConfig } from "../op/decode_config.ts";
-import type { CacheStore, DecodeImplementation, DecodeInputs, DecodeTarget } from "../op/decode_implementation.ts";
+import {
+  type CacheStore,
+  type DecodeImplementation,
+  type DecodeInputs,
+  type DecodeTarget,
+  namedTensors,
+} from "../op/decode_implementation.ts";
 import { type CacheLayout, decodedLseShape, decodedShape, type DecodeProblem } from "../op/decode_problem.ts";
 import { FlashMLAError } from "../op/errors.ts";
 import { toFloats, writeFloats } from "../op/half.ts";
@@ -191,11 +197,10 @@ function checkOut(out: GpuTensor, inputs: DecodeInputs): void {
     refuse(`has strides [${out.strides}], expected a dense tensor: [${dense}]`);
   }
   if ((out.offset ?? 0) % 4 !== 0) refuse(`begins at byte ${out.offset} of its buffer, expected a multiple of 4`);
-  const { cache, ...tensors } = inputs;
-  const buffers = Object.entries({ ...tensors, ...(cache instanceof GpuLatentStore ? {} : { cache }) })
-    .flatMap(([name, tensor]) =>
-      tensor !== undefined && "buffer" in tensor ? [[name, tensor.buffer as GPUBuffer] as const] : []
-    );
+  const { cache } = inputs;
+  const buffers = namedTensors(inputs).flatMap(([name, tensor]) =>
+    "buffer" in tensor ? [[name, tensor.buffer as GPUBuffer] as const] : []
+  );
   if (cache instanceof GpuLatentStore) {
     buffers.push(...cache.shards.map(({ buffer }) => ["the cache", buffer] as const));
   }
@@ -208,9 +213,8 @@ function checkOut(out: GpuTensor, inputs: DecodeInputs): void {
 
 /** Throws when a tensor was disposed of while the call was under way. */
 function checkAlive(inputs: DecodeInputs, out?: AnyTensor): void {
-  const { cache, ...tensors } = inputs;
-  for (const [name, tensor] of Object.entries({ ...tensors, out, ...("append" in cache ? {} : { cache }) })) {
-    if (tensor === undefined || !("buffer" in tensor) || (tensor as { disposed?: boolean }).disposed !== true) continue;
+  for (const [name, tensor] of namedTensors(inputs, out)) {
+    if (!("buffer" in tensor) || (tensor as { disposed?: boolean }).disposed !== true) continue;
     throw new FlashMLAError(
       "invalid-input",
       `Cannot decode: ${name} was disposed of while the call was under way; await the call first`,

@@ -71,6 +71,15 @@ export interface DecodeInputs {
   readonly seqLens: AnyIndexTensor;
 }
 
+/** The tensors of a call by name; of the cache only one without pages. */
+export function namedTensors(
+  { cache, ...tensors }: DecodeInputs,
+  out?: AnyTensor,
+): [name: string, tensor: AnyTensor | AnyIndexTensor][] {
+  return Object.entries({ ...tensors, out, ...("append" in cache ? {} : { cache }) })
+    .filter((entry): entry is [string, AnyTensor] => entry[1] !== undefined);
+}
+
 /** An opened device, or the processor itself, on which caches live and decoding runs. */
 export interface DecodeTarget {
   /** The platform it belongs to. */
