@@ -137,6 +137,9 @@ class Prefill {
   readonly #problem: DecodeProblem;
   /** Keys of each sequence, the new ones among them. */
   readonly #keys: readonly number[];
+  readonly #asked: Formulation | "auto";
+  /** Keys that are rebuilt at a time. */
+  readonly #chunkKeys: number;
 
   constructor(inputs: MlaPrefillInputs, options: MlaPrefillOptions) {
     if (typeof inputs !== "object" || inputs === null) {
@@ -152,6 +155,8 @@ class Prefill {
       fail("wKc and wVc are needed; for an absorbed query, append and mlaDecode");
     }
     const { formulation = "auto", chunkKeys = 8192 } = options;
+    this.#asked = formulation;
+    this.#chunkKeys = chunkKeys;
     if (!["auto", "absorbed", "expanded"].includes(formulation)) {
       fail(`formulation must be "auto", "absorbed" or "expanded", got ${kindOf(formulation)}`);
     }
@@ -235,12 +240,11 @@ class Prefill {
   }
 
   #formulation(sequence: number): Formulation {
-    const { formulation = "auto", chunkKeys = 8192 } = this.#options;
     const [queries, keys] = [this.#queries(sequence), this.#keys[sequence]];
     // A window over several chunks would be another one for each.
-    const windowed = this.#problem.slidingWindow !== null && this.#seen(sequence) > Math.max(queries, chunkKeys);
+    const windowed = this.#problem.slidingWindow !== null && this.#seen(sequence) > Math.max(queries, this.#chunkKeys);
     if (windowed || queries === 0 || keys === 0) return "absorbed";
-    if (formulation !== "auto") return formulation;
+    if (this.#asked !== "auto") return this.#asked;
     const widths = { ...this.#problem, qkNopeHeadDim: this.#problem.qkNopeHeadDim! };
     return fewerFlops(widths, queries, keys, visiblePairs(queries, keys, this.#problem));
   }
@@ -308,13 +312,13 @@ class Prefill {
     weights: { readonly wKc: AnyTensor; readonly wVc: AnyTensor },
   ): Promise<void> {
     const { cache } = this.#inputs;
-    const { chunkKeys = 8192, softmaxAux, executor, cfg, onEvent } = this.#options;
+    const { softmaxAux, executor, cfg, onEvent } = this.#options;
     const { causal, softmaxScale, logitsSoftCap, slidingWindow } = this.#problem;
     const query = this.#part(this.#inputs.query, { first: sequence, end: sequence + 1 });
     const [queries, keys] = [this.#queries(sequence), this.#keys[sequence]];
     const begin = keys - this.#seen(sequence);
     // The last chunk holds all new tokens, so that the causal mask is its alone.
-    const last = Math.max(begin, keys - Math.max(queries, chunkKeys));
+    const last = Math.max(begin, keys - Math.max(queries, this.#chunkKeys));
     const options = {
       ...{ softmaxScale, executor, cfg, onEvent, platform: cache.platform, device: cache.device },
       ...(logitsSoftCap !== null && { logitsSoftCap }),
@@ -336,7 +340,7 @@ class Prefill {
     try {
       for (let first = begin; first < keys;) {
         const isLast = first >= last;
-        const count = isLast ? keys - first : Math.min(chunkKeys, last - first);
+        const count = isLast ? keys - first : Math.min(this.#chunkKeys, last - first);
         const part = await this.#over(
           sequence,
           first,
@@ -345,18 +349,14 @@ class Prefill {
         ) as AttentionState;
         if (state === null) state = part;
         else {
-          const merged: AttentionState = await mergeAttentionStates(
-            state,
-            part,
-            isLast && softmaxAux ? { softmaxAux } : {},
-          );
-          dispose(state);
-          dispose(part);
-          state = merged;
+          const before = state;
+          const sinks = isLast && softmaxAux ? { softmaxAux } : {};
+          state = await mergeAttentionStates(before, part, sinks).finally(() => dispose(part)) as AttentionState;
+          dispose(before);
         }
         first += count;
       }
-      await this.#store(state!.output, out);
+      this.#store(state!.output, out);
     } finally {
       dispose(state);
     }
@@ -382,7 +382,7 @@ class Prefill {
   }
 
   /** Copies a result to where it belongs. */
-  async #store(from: AnyTensor, to: AnyTensor): Promise<void> {
+  #store(from: AnyTensor, to: AnyTensor): void {
     if (!isGpuTensor(from) && !isGpuTensor(to)) return writeFloats(to as Tensor | F16Tensor, toFloats(from).data);
     const { buffer, offset = 0, shape, dtype } = to as GpuTensor;
     const size = shape.reduce((product, axis) => product * axis, elementBytes(dtype));
@@ -390,7 +390,6 @@ class Prefill {
     const encoder = device.createCommandEncoder({ label: "flash-mla prefill" });
     encoder.copyBufferToBuffer((from as GpuTensor).buffer, (from as GpuTensor).offset ?? 0, buffer, offset, size);
     device.queue.submit([encoder.finish()]);
-    await Promise.resolve();
   }
 }
 
