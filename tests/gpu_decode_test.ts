@@ -556,6 +556,17 @@ describe("decoding with everything on the GPU", { skip }, () => {
     assertEquals(context.buffers.lent, lent);
   });
 
+  test("notices a block table that is disposed of while the call is under way", async () => {
+    await testContext();
+    const call = drawn(kinds.plain, [[41, 1]]);
+    const { cache, blockTable, seqLens } = await heldBy(place, call);
+    const table = await toGpu(blockTable);
+    const pending = mlaDecode({ query: call.query, cache, ...call.weights, blockTable: table, seqLens }, { cfg });
+    table.dispose();
+    await assertRejects(() => pending, FlashMLAError, "blockTable was disposed of while the call was under way");
+    cache.dispose();
+  });
+
   test("leaves cache, counts and table as they were when an append fails", async () => {
     const context = await testContext();
     const call = drawn(kinds.plain, [[41, 1]]);
