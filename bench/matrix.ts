@@ -5,7 +5,7 @@
 // Outputs start out as NaN; each variant is checked before it is timed; the clock is probed beside every sample.
 
 import { gpuContext, openDevice } from "../src/gpu/device.ts";
-import type { MatrixAttendTile } from "../src/gpu/kernels/matrix_attend.ts";
+import type { MatrixAttendTile } from "../src/gpu/kernels/matrix_attend_layout.ts";
 import type { MatrixGradTile } from "../src/gpu/kernels/matrix_attend_backward.ts";
 import type { MatrixExpandTile } from "../src/gpu/kernels/matrix_expand.ts";
 import type { MatrixBackend } from "../src/gpu/kernels/matrix_unit.ts";

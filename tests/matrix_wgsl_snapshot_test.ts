@@ -4,6 +4,7 @@
 import { describe, test } from "node:test";
 import { assert, assertEquals } from "@std/assert";
 import * as attend from "../src/gpu/kernels/matrix_attend.ts";
+import { type MatrixAttendTile, workgroupBytes } from "../src/gpu/kernels/matrix_attend_layout.ts";
 import * as grad from "../src/gpu/kernels/matrix_attend_backward.ts";
 import * as expand from "../src/gpu/kernels/matrix_expand.ts";
 import * as project from "../src/gpu/kernels/matrix_expand_backward.ts";
@@ -29,7 +30,7 @@ const floats: attend.MatrixAttendShape = {
   ...odd,
   ...{ rope: "shared", query: "f32", output: "f32", ropeQuery: "f32", terms: every, sinkQuads: 1, lse: false },
 };
-const attendTile: attend.MatrixAttendTile = { blockQ: 32, blockK: 32, subgroups: 2, rowFragments: 1, pinned: true };
+const attendTile: MatrixAttendTile = { blockQ: 32, blockK: 32, subgroups: 2, rowFragments: 1, pinned: true };
 const gradTile: grad.MatrixGradTile = { rows: 32, columns: 32, rowFragments: 2, pinned: true };
 const gemm: expand.MatrixExpandTile = { blockM: 32, blockN: 32, depth: 16, rowFragments: 1, columnFragments: 1 };
 /** The tiles that an H100 ran fastest, at DeepSeek's widths. */
@@ -100,7 +101,7 @@ describe("generated WGSL on matrix units", () => {
     const expandShape = { latent: "vec4<f16>", weight: "vec4<f16>", headDim: 128, gapped: false } as const;
     const projectShape = { side: "keys", left: "f32", right: "f32", gradient: "f32", gapped: false } as const;
     const pairs: [number, string][] = [
-      [attend.workgroupBytes(large.attend, deepSeek), attend.wgsl(large.attend, shape, "template")],
+      [workgroupBytes(large.attend, deepSeek), attend.wgsl(large.attend, shape, "template")],
       [grad.workgroupBytes(large.grad, deepSeek, "query"), grad.wgsl("query", large.grad, gradShape, "template")],
       [grad.workgroupBytes(large.grad, deepSeek, "keys"), grad.wgsl("keys", large.grad, gradShape, "template")],
       [expand.workgroupBytes(large.gemm), expand.wgsl(large.gemm, expandShape, "template")],

@@ -21,6 +21,7 @@ import * as sinkGradient from "./kernels/sink_gradient.ts";
 import * as matrixAbsorbed from "./kernels/matrix_absorbed_attend.ts";
 import type { MatrixAbsorbedTile } from "./kernels/matrix_absorbed_layout.ts";
 import * as matrixAttend from "./kernels/matrix_attend.ts";
+import type { MatrixAttendTile } from "./kernels/matrix_attend_layout.ts";
 import * as matrixGrad from "./kernels/matrix_attend_backward.ts";
 import * as matrixExpand from "./kernels/matrix_expand.ts";
 import * as matrixProject from "./kernels/matrix_expand_backward.ts";
@@ -157,7 +158,7 @@ export function matrixRopeSource(shape: matrixRope.MatrixRopeShape): string {
 
 /** Attention on matrix units. */
 export function matrixAttendSource(
-  tile: matrixAttend.MatrixAttendTile,
+  tile: MatrixAttendTile,
   shape: matrixAttend.MatrixAttendShape,
   backend: MatrixBackend,
 ): string {

@@ -3,7 +3,7 @@
 import type { FlashMLAConfig } from "../op/config.ts";
 import type { MlaProblem, TensorName } from "../op/mla_problem.ts";
 import type { Capabilities } from "./capabilities.ts";
-import * as attend from "./kernels/matrix_attend.ts";
+import * as attend from "./kernels/matrix_attend_layout.ts";
 import * as grad from "./kernels/matrix_attend_backward.ts";
 import * as expand from "./kernels/matrix_expand.ts";
 import * as project from "./kernels/matrix_expand_backward.ts";

@@ -6,12 +6,12 @@ import type { Capabilities, GpuLimits } from "./capabilities.ts";
 import type { DispatchList } from "./dispatch_plan.ts";
 import { checkedHeadsPerKv, quads, scratchLimit } from "./expansion.ts";
 import { matrixExpandSource, matrixRopeSource } from "./kernel_sources.ts";
-import { paddedColumns } from "./kernels/matrix_expand.ts";
+import { isWhole, paddedColumns } from "./kernels/matrix_expand.ts";
 import { workgroups as ropeWorkgroups } from "./kernels/matrix_rope.ts";
 import { matrixScratch } from "./kernels/matrix_scratch.ts";
 import { checkBinding, checkWindow, halvedUntil, limitError } from "./limit_checks.ts";
 import { expandTile } from "./matrix_config.ts";
-import { batchGap, denseWindow, type OperandLayouts, rowWindow } from "./operand_layout.ts";
+import { batchGap, denseWindow, isEightAligned, type OperandLayouts, rowWindow } from "./operand_layout.ts";
 import { chunks } from "./query_ranges.ts";
 
 /** The most KV heads of a group whose scratch keeps to the limits. */
@@ -39,10 +39,12 @@ export function matrixExpansionKernels(
 ): Record<string, string> {
   const { keyLength, kvLoraRank, qkNopeHeadDim, vHeadDim, qkRopeHeadDim: R, rope } = problem;
   const { keyValue, wKc, wVc, bK } = layouts as Required<OperandLayouts>;
+  const tile = expandTile(capabilities);
   const source = (weight: typeof wKc, headDim: number) =>
-    matrixExpandSource(expandTile(capabilities), {
-      latent: quads(keyValue, kvLoraRank),
-      weight: quads(weight, headDim),
+    matrixExpandSource(tile, {
+      ...isWhole(tile, kvLoraRank, headDim) && isEightAligned(keyValue) && isEightAligned(weight)
+        ? { latent: "vec4<u32>", weight: "vec4<u32>" }
+        : { latent: quads(keyValue, kvLoraRank), weight: quads(weight, headDim) },
       headDim,
       gapped: batchGap(keyValue, keyLength) !== 0,
     }, capabilities.matrixUnits!);

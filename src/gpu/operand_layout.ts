@@ -220,6 +220,11 @@ export function isQuadAligned({ offset, batch, row, head }: OperandLayout): bool
   return [offset, batch, row, head].every((elements) => elements % 4 === 0);
 }
 
+/** Whether a tensor is of halves, and every run of eight columns that starts at a multiple of eight is aligned. */
+export function isEightAligned({ dtype, offset, batch, row, head }: OperandLayout): boolean {
+  return dtype === "f16" && [offset, batch, row, head].every((elements) => elements % 8 === 0);
+}
+
 /**
  * The window that holds some rows of a tensor.
  *

@@ -4,6 +4,7 @@ import { BufferUsage } from "../../src/gpu/buffers.ts";
 import type { GpuContext } from "../../src/gpu/device.ts";
 import { attendBindings } from "../../src/gpu/kernels/attend_operands.ts";
 import * as attend from "../../src/gpu/kernels/matrix_attend.ts";
+import type { MatrixAttendTile } from "../../src/gpu/kernels/matrix_attend_layout.ts";
 import * as grad from "../../src/gpu/kernels/matrix_attend_backward.ts";
 import * as expand from "../../src/gpu/kernels/matrix_expand.ts";
 import * as project from "../../src/gpu/kernels/matrix_expand_backward.ts";
@@ -29,7 +30,7 @@ import { elementCount, type MaskTensor, type Tensor } from "../../src/op/tensor.
 /** How to run the kernels. */
 export interface MatrixSetup {
   readonly backend: MatrixBackend;
-  readonly attend: attend.MatrixAttendTile;
+  readonly attend: MatrixAttendTile;
   readonly expand: expand.MatrixExpandTile;
   /** The tiles of ∂query and of ∂K and ∂V. */
   readonly grad?: Readonly<Record<grad.MatrixGradTarget, grad.MatrixGradTile>>;
@@ -186,7 +187,9 @@ export class MatrixCall {
     const latents = this.uploadTensor("keyValue", inputs.keyValue);
     for (const [side, headDim, base] of [["Keys", P, 0], ["Values", V, scratch.valuesBase]] as const) {
       const weight = side === "Keys" ? inputs.wKc : inputs.wVc;
-      const shape = { latent: this.element(L), weight: this.element(headDim), headDim, gapped: false };
+      const whole = setup.half && expand.isWhole(setup.expand, L, headDim);
+      const element = (width: number) => whole ? "vec4<u32>" as const : this.element(width);
+      const shape = { latent: element(L), weight: element(headDim), headDim, gapped: false };
       const columns = expand.paddedColumns(shape, G);
       await this.step(
         `expand${side}`,

@@ -259,7 +259,7 @@ ${
     unroll(ownQuads - 1, (j) =>
       `blockTop = max(blockTop, max(max(x${j + 1}.x, x${j + 1}.y), max(x${j + 1}.z, x${j + 1}.w)));`)
   }
-${unit.combine("blockTop", rowThreads, "max", workgroupSize)}
+${unit.combine("blockTop", rowThreads, "max")}
 var decay = 1.0;
 if (blockTop > rowTop + 8.0) {
   // What was summed so far is zero before the first visible key.
@@ -461,7 +461,7 @@ ${unit.writeQuad(scores, index, "scaled")}`, true),
   }
 
   // A row that sees no key has no sum; a NaN sum is not 0 and must reach the output.
-${indent(unit.combine("rowSum", rowThreads, "sum", workgroupSize), 2)}
+${indent(unit.combine("rowSum", rowThreads, "sum"), 2)}
   let isAlone = item.slot == NO_SLOT;
 ${
     sinkQuads === 0

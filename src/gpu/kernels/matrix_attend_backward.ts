@@ -93,16 +93,18 @@ function layout(tile: MatrixGradTile, widths: HeadWidths, target: MatrixGradTarg
   const floats = (name: string): MatrixMemory => ({
     name,
     kind: "floats",
-    quads: Math.max(rows * scoreStride, subgroups * fragmentSize * ownStride),
+    parts: rows / fragmentSize,
+    quads: fragmentSize * Math.max(scoreStride, sharing / rowFragments * ownStride),
   });
-  const halves = (name: string, quads: number): MatrixMemory => ({ name, kind: "halves", quads });
+  const halves = (name: string, parts: number, quads: number): MatrixMemory => ({ name, kind: "halves", parts, quads });
+  const blocks = rows * columns / fragmentSize ** 2;
   const memories = {
-    wide: halves("wide", columns * wideStride),
-    narrow: halves("narrow", columns * narrowStride),
+    wide: halves("wide", columns / fragmentSize, fragmentSize * wideStride),
+    narrow: halves("narrow", columns / fragmentSize, fragmentSize * narrowStride),
     scores: floats("scores"),
     gradients: floats("gradients"),
-    probs: halves("probs", rows * columns / 8),
-    slopes: halves("slopes", rows * columns / 8),
+    probs: halves("probs", blocks, fragmentSize * fragmentQuads),
+    slopes: halves("slopes", blocks, fragmentSize * fragmentQuads),
   };
   return {
     ...{ subgroups, workgroupSize: subgroups * subgroupSize, wideFragments, narrowFragments, scoreSums, gradSums },
@@ -176,8 +178,18 @@ export function wgsl(
   const narrowPieces = columns * (narrowStride - 1);
   const [loadRowWide, loadRowNarrow] = ownsKeys ? ["loadKey", "loadValue"] : ["loadQuery", "loadGrad"];
   const [loadColumnWide, loadColumnNarrow] = ownsKeys ? ["loadQuery", "loadGrad"] : ["loadKey", "loadValue"];
-  const wideAt = (piece: string) => `(${piece}) / DEPTH_QUADS * ${wideStride}u + (${piece}) % DEPTH_QUADS`;
-  const narrowAt = (piece: string) => `(${piece}) / VALUE_QUADS * ${narrowStride}u + (${piece}) % VALUE_QUADS`;
+  const storeWide = (piece: string, value: string) =>
+    unit.writeQuad(
+      unit.part(wide, `((${piece}) / DEPTH_QUADS / 16u)`),
+      `(${piece}) / DEPTH_QUADS % 16u * ${wideStride}u + (${piece}) % DEPTH_QUADS`,
+      value,
+    );
+  const storeNarrow = (piece: string, value: string) =>
+    unit.writeQuad(
+      unit.part(narrow, `((${piece}) / VALUE_QUADS / 16u)`),
+      `(${piece}) / VALUE_QUADS % 16u * ${narrowStride}u + (${piece}) % VALUE_QUADS`,
+      value,
+    );
   const load = (base: string, head: string) =>
     `${
       pieces(widePieces, (piece, i) =>
@@ -187,8 +199,8 @@ ${
       pieces(narrowPieces, (piece, i) =>
         `narrow${i} = ${loadColumnNarrow}(${base} + (${piece}) / VALUE_QUADS, columnEnd, ${head}, (${piece}) % VALUE_QUADS);`)
     }${ownsKeys ? `\nif (t < ${columns}u) { stat = rowStats(${base} + t, columnEnd, ${head}); }` : ""}`;
-  const store = `${pieces(widePieces, (piece, i) => unit.writeQuad(wide, wideAt(piece), `wide${i}`))}
-${pieces(narrowPieces, (piece, i) => unit.writeQuad(narrow, narrowAt(piece), `narrow${i}`))}${
+  const store = `${pieces(widePieces, (piece, i) => storeWide(piece, `wide${i}`))}
+${pieces(narrowPieces, (piece, i) => storeNarrow(piece, `narrow${i}`))}${
     ownsKeys ? `\nif (t < ${columns}u) { columnStats[t] = stat; }` : ""
   }`;
 
@@ -199,8 +211,8 @@ ${pieces(narrowPieces, (piece, i) => unit.writeQuad(narrow, narrowAt(piece), `na
       `if (${rowFragment(r)} / ${perRound}u == ${round}) {
 ${
         unit.over("d", fragments, (d) => {
-          const offset = `${rowFragment(r)} % ${perRound}u * ${fragmentSize * stride}u + ${d} * ${fragmentQuads}u`;
-          return `  ${factors.at(r, d)} = ${unit.loadLeft(memory, offset, stride)};`;
+          const rows = unit.part(memory, `(${rowFragment(r)} % ${perRound}u)`);
+          return `  ${factors.at(r, d)} = ${unit.loadLeft(rows, `${d} * ${fragmentQuads}u`, stride)};`;
         })
       }
 }`);
@@ -210,14 +222,14 @@ ${
       pieces(widePieces, (piece) =>
         `{
   let quad = ${loadRowWide}(block.rowStart + ${round} * ${columns}u + (${piece}) / DEPTH_QUADS, block.rowEnd, firstHead, (${piece}) % DEPTH_QUADS);
-${indent(unit.writeQuad(wide, wideAt(piece), "quad"), 2)}
+${indent(storeWide(piece, "quad"), 2)}
 }`)
     }
 ${
       pieces(narrowPieces, (piece) =>
         `{
   let quad = ${loadRowNarrow}(block.rowStart + ${round} * ${columns}u + (${piece}) / VALUE_QUADS, block.rowEnd, firstHead, (${piece}) % VALUE_QUADS);
-${indent(unit.writeQuad(narrow, narrowAt(piece), "quad"), 2)}
+${indent(storeNarrow(piece, "quad"), 2)}
 }`)
     }
 workgroupBarrier();
@@ -232,38 +244,46 @@ ${indent(loadFactors(round, narrow, narrowStride, narrowFragments), 2)}
 ${
       unit.over("d", fragments, (d) =>
         unit.over("k", ownFragments, (k) => {
-          const offset = `(share * ${ownFragments}u + ${k}) * ${fragmentSize * stride}u + ${d} * ${fragmentQuads}u`;
-          const right = unit.right("right", memory, offset, stride, "column");
+          const rows = unit.part(memory, `(share * ${ownFragments}u + ${k})`);
+          const right = unit.right("right", rows, `${d} * ${fragmentQuads}u`, stride, "column");
           return `${right.code}
 ${unroll(rowFragments, (r) => unit.accumulate(products.at(`${r}u`, k), factors.at(`${r}u`, d), right))}`;
         }))
     }
 ${
-      unit.over("r", rowFragments, (r) =>
-        unit.over("k", ownFragments, (k) => {
-          const offset = `${rowFragment(r)} * ${fragmentSize * scoreStride}u + (share * ${ownFragments}u + ${k}) * 4u`;
-          return unit.storeResult(into, offset, scoreStride, products.at(r, k));
-        }))
+      unit.cases("share", 2, (share) =>
+        unit.over("r", rowFragments, (r) =>
+          unit.over("k", ownFragments, (k) => {
+            const offset = `(${share} * ${ownFragments}u + ${k}) * 4u`;
+            return unit.storeResult(unit.part(into, rowFragment(r)), offset, scoreStride, products.at(r, k));
+          })))
     }`;
   /** Which column fragment a subgroup sums up as its c-th; past the last one, the last one again. */
-  const summedColumn = (first: string, count: number, fragments: number, c: string) =>
-    `min(${first} + share * ${count}u + ${c}, ${fragments - 1}u)`;
+  const summedColumn = (first: string, share: string, count: number, fragments: number, c: string) => {
+    const known = parseInt(first) + parseInt(share) * count + parseInt(c);
+    return isNaN(known)
+      ? `min(${first} + ${share} * ${count}u + ${c}, ${fragments - 1}u)`
+      : `${Math.min(known, fragments - 1)}u`;
+  };
   const sum = (left: MatrixMemory, memory: MatrixMemory, stride: number, first: string, count: number, all: number) =>
-    count === 0 ? "" : unit.over("k", columnFragments, (k) =>
-      `${
-        unroll(rowFragments, (r) => {
-          const offset = `(${rowFragment(`${r}u`)} * ${columnFragments}u + ${k}) * 32u`;
-          return `let left${r} = ${unit.loadLeft(left, offset, fragmentQuads)};`;
-        })
-      }
+    count === 0
+      ? ""
+      : unit.cases("share", 2, (share) =>
+        unit.over("k", columnFragments, (k) =>
+          `${
+            unroll(rowFragments, (r) => {
+              const block = unit.part(left, `(${rowFragment(`${r}u`)} * ${columnFragments}u + ${k})`);
+              return `let left${r} = ${unit.loadLeft(block, "0u", fragmentQuads)};`;
+            })
+          }
 ${
-        unit.over("c", count, (c) => {
-          const offset = `${k} * ${fragmentSize * stride}u + ${summedColumn(first, count, all, c)} * ${fragmentQuads}u`;
-          const right = unit.right("right", memory, offset, stride, "row");
-          return `${right.code}
+            unit.over("c", count, (c) => {
+              const offset = `${summedColumn(first, share, count, all, c)} * ${fragmentQuads}u`;
+              const right = unit.right("right", unit.part(memory, k), offset, stride, "row");
+              return `${right.code}
 ${unroll(rowFragments, (r) => unit.accumulate(sums.at(`${r}u`, c), `left${r}`, right))}`;
-        })
-      }`);
+            })
+          }`));
   const sumScores = ownsKeys
     ? sum(probs, narrow, narrowStride, "0u", scoreSums, narrowFragments)
     : sum(slopes, wide, wideStride, "0u", scoreSums, wideFragments);
@@ -299,14 +319,17 @@ ${
 let logSum${j} = vec4<f32>(${[0, 1, 2, 3].map((i) => `stat${j}_${i}.x`).join(", ")});
 let delta${j} = vec4<f32>(${[0, 1, 2, 3].map((i) => `stat${j}_${i}.y`).join(", ")});`
       : `let logSum${j} = vec4<f32>(stat.x);\nlet delta${j} = vec4<f32>(stat.y);`;
-  const probQuad = (q: number) =>
-    `((softRow / 16u * ${columnFragments}u + (softPart * ${ownQuads}u + ${
-      2 * q
-    }u) / 4u) * 16u + softRow % 16u) * 2u + (softPart * ${ownQuads}u + ${2 * q}u) / 2u % 2u`;
+  const storeEight = (memory: MatrixMemory, q: number, value: string) =>
+    unit.writeQuad(
+      unit.part(memory, `(softRow / 16u * ${columnFragments}u + (${own(2 * q)}) / 4u)`),
+      `softRow % 16u * 2u + (${own(2 * q)}) / 2u % 2u`,
+      value,
+    );
+  const ofRow = (memory: MatrixMemory) => unit.part(memory, "(softRow / 16u)");
   const elementwise = `${
     unroll(ownQuads, (j) =>
-      `var x${j} = scoreOf(${unit.readQuad(scores, `softRow * ${scoreStride}u + ${own(j)}`)});
-var y${j} = ${unit.readQuad(gradients, `softRow * ${scoreStride}u + ${own(j)}`)} * ranges.x;${
+      `var x${j} = scoreOf(${unit.readQuad(ofRow(scores), `softRow % 16u * ${scoreStride}u + ${own(j)}`)});
+var y${j} = ${unit.readQuad(ofRow(gradients), `softRow % 16u * ${scoreStride}u + ${own(j)}`)} * ranges.x;${
         slope ? `\nlet slope${j} = capSlope(x${j});` : ""
       }`)
   }
@@ -338,14 +361,16 @@ ${
 ${
         ownsKeys
           ? `  let packedProbs = packHalves(${probFactor}.0 * kept${2 * q}, ${probFactor}.0 * kept${2 * q + 1});
-${indent(unit.writeQuad(probs, probQuad(q), "packedProbs"), 2)}
+${indent(storeEight(probs, q, "packedProbs"), 2)}
 `
           : ""
       }  let packed = packHalves(y${2 * q}, y${2 * q + 1});
-${indent(unit.writeQuad(slopes, probQuad(q), "packed"), 2)}
+${indent(storeEight(slopes, q, "packed"), 2)}
 }`)
   }`;
 
+  const sharers = sharing / rowFragments;
+  const ownPart = unit.part(scores, `(subgroup / ${sharers}u)`);
   /** Writes the sums of one kind of subgroup through its own memory. */
   const write = (first: string, count: number, all: number, isValue: boolean) =>
     unit.over(
@@ -353,7 +378,7 @@ ${indent(unit.writeQuad(slopes, probQuad(q), "packed"), 2)}
       rowFragments,
       (r) =>
         unit.over("c", count, (c) =>
-          `${unit.storeResult(scores, "own", ownStride, sums.at(r, c))}
+          `${unit.storeResult(ownPart, "own", ownStride, sums.at(r, c))}
 workgroupBarrier();
 ${
             unroll(2, (i) =>
@@ -364,7 +389,7 @@ ${
   let fragment = ${first} + share * ${count}u + ${c};
   if (row < block.rowEnd && fragment < ${all}u && ${isValue ? "isScore" : "isWide"}) {
     put${isValue ? "Value" : "Key"}(row, firstHead, fragment * 16u + 4u * ownQuad, ${
-                unit.readQuad(scores, `own + ownRow * ${ownStride}u + ownQuad`)
+                unit.readQuad(ownPart, `own + ownRow * ${ownStride}u + ownQuad`)
               });
   }
 }`)
@@ -475,7 +500,7 @@ ${indent(sumGrads, 6)}
     workgroupBarrier();
   }
 
-  let own = subgroup * ${fragmentSize * ownStride}u;
+  let own = subgroup % ${sharers}u * ${fragmentSize * ownStride}u;
   let keyFactor = params.softmaxScale * ranges.z;
 ${ownsKeys ? `  let valueFactor = ranges.x * ${1 / probFactor}${terms.dropout ? " * params.keptFactor" : ""};` : ""}
 ${indent(writeAll.replaceAll("putKey(", "putKey(keyFactor, ").replaceAll("putValue(", "putValue(valueFactor, "), 2)}

@@ -9,7 +9,7 @@
 // Sums past the largest half, 65,504, become that instead of infinity: keys that large decide the softmax either way.
 
 import type { Capabilities } from "../capabilities.ts";
-import { halfRange, loadHalves, paddedWidth } from "./matrix_scratch.ts";
+import { halfRange, type HalvesElement, loadHalves, paddedWidth } from "./matrix_scratch.ts";
 import {
   fragmentQuads,
   fragmentSize,
@@ -20,7 +20,7 @@ import {
   subgroupSize,
 } from "./matrix_unit.ts";
 import { indent, unroll } from "./register_tile.ts";
-import { storageDirectives, type StorageElement } from "./storage_element.ts";
+import { storageDirectives } from "./storage_element.ts";
 import { whyTooLarge } from "./workgroup_limits.ts";
 
 /** The tile of one kernel. */
@@ -39,28 +39,48 @@ export interface MatrixExpandTile {
 
 /** What of a call the generated WGSL depends on; sizes are read at run time. */
 export interface MatrixExpandShape {
-  /** Latent rows as they are stored. */
-  readonly latent: StorageElement;
-  /** Weights as they are stored. */
-  readonly weight: StorageElement;
+  /** Latent rows as they are stored; eight halves at a time where {@link isWhole}. */
+  readonly latent: HalvesElement;
+  /** Weights as they are stored, likewise. */
+  readonly weight: HalvesElement;
   /** Width of one head of the result. */
   readonly headDim: number;
   /** Whether batch items of latents lie apart or overlap, so that finding a row takes a division. */
   readonly gapped: boolean;
 }
 
-/** Quads from one row to the next of a result fragment that is stored by itself. */
-const resultStride = fragmentSize / 4 + 1;
+/** Column fragments of a result that are stored at a time. */
+const storedFragments = 2;
+
+/** Quads from one of their rows to the next. */
+const resultStride = storedFragments * fragmentSize / 4 + 1;
+
+/**
+ * Whether all rows and heads are whole numbers of what is staged, so that eight halves are loaded as they lie, from places
+ * that are known before the loop.
+ */
+export function isWhole({ depth }: MatrixExpandTile, kvLoraRank: number, headDim: number): boolean {
+  return kvLoraRank % depth === 0 && headDim % fragmentSize === 0;
+}
 
 function layout({ blockM, blockN, depth, rowFragments, columnFragments }: MatrixExpandTile) {
   const subgroupRows = blockM / (rowFragments * fragmentSize);
   const subgroupColumns = blockN / (columnFragments * fragmentSize);
   const leftStride = depth / 8 + 1;
-  const rightStride = blockN / 8 + 1;
+  const rightStride = columnFragments * fragmentQuads + 1;
   const subgroups = subgroupRows * subgroupColumns;
-  const latents: MatrixMemory = { name: "latents", kind: "halves", quads: blockM * leftStride };
-  const weights: MatrixMemory = { name: "weights", kind: "halves", quads: depth * rightStride };
-  const results: MatrixMemory = { name: "results", kind: "floats", quads: subgroups * fragmentSize * resultStride };
+  const latents: MatrixMemory = {
+    ...{ name: "latents", kind: "halves", parts: subgroupRows },
+    quads: rowFragments * fragmentSize * leftStride,
+  };
+  const weights: MatrixMemory = {
+    ...{ name: "weights", kind: "halves", parts: subgroupColumns },
+    quads: depth * rightStride,
+  };
+  const results: MatrixMemory = {
+    ...{ name: "results", kind: "floats", parts: subgroups },
+    quads: fragmentSize * resultStride,
+  };
   return { subgroupColumns, subgroups, leftStride, rightStride, latents, weights, results };
 }
 
@@ -78,7 +98,11 @@ export function workgroupBytes(tile: MatrixExpandTile): number {
 /** Why this tile cannot run, or null when it can. */
 export function whyInvalid(tile: MatrixExpandTile, { limits }: Pick<Capabilities, "limits">): string | null {
   const { subgroups } = layout(tile);
-  if (!Number.isInteger(subgroups) || tile.depth % fragmentSize !== 0) {
+  const { columnFragments } = tile;
+  if (
+    !Number.isInteger(subgroups) || tile.depth % fragmentSize !== 0 ||
+    columnFragments % Math.min(storedFragments, columnFragments) !== 0
+  ) {
     return `${tile.blockM} × ${tile.blockN} × ${tile.depth} is not a whole number of the subgroups' parts`;
   }
   return whyTooLarge(workgroupSize(tile), workgroupBytes(tile), limits);
@@ -97,8 +121,11 @@ export function wgsl(tile: MatrixExpandTile, shape: MatrixExpandShape, backend: 
   const size = workgroupSize(tile);
   const depthQuads = depth / 8;
   const columnQuads = blockN / 8;
+  const ownQuads = columnFragments * fragmentQuads;
   const padded = paddedWidth(shape.headDim);
 
+  const own = unit.part(results, "subgroup");
+  const stored = Math.min(storedFragments, columnFragments);
   const registersOf = (count: number) => Math.ceil(count / size);
   const pieces = (count: number, emit: (piece: string, i: number) => string) =>
     unroll(registersOf(count), (i) => {
@@ -108,22 +135,26 @@ export function wgsl(tile: MatrixExpandTile, shape: MatrixExpandShape, backend: 
     });
   const latentPieces = blockM * depthQuads;
   const weightPieces = depth * columnQuads;
+  const whole = shape.latent === "vec4<u32>" && shape.weight === "vec4<u32>";
   const load = (slice: string) =>
-    `${pieces(latentPieces, (piece, i) => `latent${i} = loadLatents(${piece}, ${slice}, rowBase);`)}
+    whole
+      ? `${pieces(latentPieces, (_piece, i) => `latent${i} = latent[latentAt${i} + ${slice} * ${depthQuads}u];`)}
+${pieces(weightPieces, (_piece, i) => `weight${i} = weight[weightAt${i} + ${slice} * weightStep];`)}`
+      : `${pieces(latentPieces, (piece, i) => `latent${i} = loadLatents(${piece}, ${slice}, rowBase);`)}
 ${pieces(weightPieces, (piece, i) => `weight${i} = loadWeights(${piece}, ${slice}, columnBase);`)}`;
   const store = `${
     pieces(latentPieces, (piece, i) =>
       unit.writeQuad(
-        latents,
-        `(${piece}) / ${depthQuads}u * ${leftStride}u + (${piece}) % ${depthQuads}u`,
+        unit.part(latents, `((${piece}) / ${rowFragments * fragmentSize * depthQuads}u)`),
+        `(${piece}) / ${depthQuads}u % ${rowFragments * fragmentSize}u * ${leftStride}u + (${piece}) % ${depthQuads}u`,
         `latent${i}`,
       ))
   }
 ${
     pieces(weightPieces, (piece, i) =>
       unit.writeQuad(
-        weights,
-        `(${piece}) / ${columnQuads}u * ${rightStride}u + (${piece}) % ${columnQuads}u`,
+        unit.part(weights, `((${piece}) % ${columnQuads}u / ${ownQuads}u)`),
+        `(${piece}) / ${columnQuads}u * ${rightStride}u + (${piece}) % ${ownQuads}u`,
         `weight${i}`,
       ))
   }`;
@@ -131,18 +162,14 @@ ${
   const multiply = unit.over("d", depth / fragmentSize, (d) =>
     `${
       unroll(rowFragments, (r) => {
-        const at = `(subgroupRow * ${rowFragments}u + ${r}u) * ${
-          fragmentSize * leftStride
-        }u + ${d} * ${fragmentQuads}u`;
-        return `let left${r} = ${unit.loadLeft(latents, at, leftStride)};`;
+        const at = `${r * fragmentSize * leftStride}u + ${d} * ${fragmentQuads}u`;
+        return `let left${r} = ${unit.loadLeft(unit.part(latents, "subgroupRow"), at, leftStride)};`;
       })
     }
 ${
       unit.over("c0", columnFragments, (c) => {
-        const at = `${d} * ${
-          fragmentSize * rightStride
-        }u + (subgroupColumn * ${columnFragments}u + ${c}) * ${fragmentQuads}u`;
-        const right = unit.right("right", weights, at, rightStride, "row");
+        const at = `${d} * ${fragmentSize * rightStride}u + ${c} * ${fragmentQuads}u`;
+        const right = unit.right("right", unit.part(weights, "subgroupColumn"), at, rightStride, "row");
         return `${right.code}
 ${unroll(rowFragments, (r) => unit.accumulate(sums.at(`${r}u`, c), `left${r}`, right))}`;
       })
@@ -181,30 +208,7 @@ ${unit.declarations([latents, weights, results])}
 
 ${halfRange}
 
-// Loads stand outside of branches: those inside of one each wait for memory by itself.
-fn loadLatents(piece: u32, slice: u32, rowBase: u32) -> vec4<u32> {
-  let row = min(rowBase + piece / ${depthQuads}u, params.rows - 1u);
-  let wanted = slice * DEPTH + piece % ${depthQuads}u * 8u;
-  let exists = wanted < params.L;
-  let column = select(0u, wanted, exists);
-  let offset = params.latentBase + row * params.latentRow${
-    shape.gapped ? " + (row / params.latentRows) * params.latentGap" : ""
-  };
-  return select(vec4<u32>(), ${
-    loadHalves("latent", shape.latent, "offset", "column", "params.L", unit.native)
-  }, exists);
-}
-
-fn loadWeights(piece: u32, slice: u32, columnBase: u32) -> vec4<u32> {
-  let wanted = slice * DEPTH + piece / ${columnQuads}u;
-  let column = columnBase + piece % ${columnQuads}u * 8u;
-  let exists = wanted < params.L && column < params.columns && column % PADDED < WIDTH;
-  let row = select(0u, wanted, exists);
-  let head = select(0u, column / PADDED, exists);
-  let within = select(0u, column % PADDED, exists);
-  let offset = params.weightBase + row * params.weightStride + params.firstColumn + head * WIDTH;
-  return select(vec4<u32>(), ${loadHalves("weight", shape.weight, "offset", "within", "WIDTH", unit.native)}, exists);
-}
+${whole ? places(shape, depthQuads, columnQuads) : loads(shape, depthQuads, columnQuads, unit.native)}
 
 @compute @workgroup_size(${size})
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) t: u32) {
@@ -217,37 +221,100 @@ ${unit.prologue}
 ${indent(sums.declaration, 2)}
 ${unroll(registersOf(latentPieces), (i) => `  var latent${i} = vec4<u32>();`)}
 ${unroll(registersOf(weightPieces), (i) => `  var weight${i} = vec4<u32>();`)}
+${
+    whole
+      ? `${pieces(latentPieces, (piece, i) => `  let latentAt${i} = latentPlace(${piece}, rowBase);`)}
+${pieces(weightPieces, (piece, i) => `  let weightAt${i} = weightPlace(${piece}, columnBase);`)}
+  let weightStep = DEPTH * params.weightStride / 8u;`
+      : ""
+  }
 ${indent(load("0u"), 2)}
   for (var slice = 0u; slice < slices; slice += 1u) {
 ${indent(store, 4)}
     workgroupBarrier();
-${indent(load("slice + 1u"), 4)}
+${indent(load(whole ? "min(slice + 1u, slices - 1u)" : "(slice + 1u)"), 4)}
 ${indent(multiply, 4)}
     workgroupBarrier();
   }
 
-  // A fragment at a time, through the subgroup's own memory: half a row, eight halves, to an invocation.
-  let part = subgroup * ${fragmentSize * resultStride}u + lane / 2u * ${resultStride}u + lane % 2u * 2u;
+  // A few fragments at a time, through the subgroup's own memory: eight halves of a row to an invocation.
 ${
     indent(
       unit.over("r", rowFragments, (r) =>
-        unit.over("n", columnFragments, (n) =>
-          `${unit.storeResult(results, `subgroup * ${fragmentSize * resultStride}u`, resultStride, sums.at(r, n))}
+        unit.over("n", columnFragments / stored, (n) =>
+          `${
+            unroll(stored, (i) => {
+              const fragment = unit.native ? `${parseInt(n) * stored + i}u` : `(${n} * ${stored}u + ${i}u)`;
+              return unit.storeResult(own, `${4 * i}u`, resultStride, sums.at(r, fragment));
+            })
+          }
 workgroupBarrier();
-{
-  let row = rowBase + (subgroupRow * ${rowFragments}u + ${r}) * 16u + lane / 2u;
-  let column = columnBase + (subgroupColumn * ${columnFragments}u + ${n}) * 16u + lane % 2u * 8u;
+${
+            unroll(stored, (i) =>
+              `{
+  let ownRow = (lane + ${i * subgroupSize}u) / ${2 * stored}u;
+  let eight = (lane + ${i * subgroupSize}u) % ${2 * stored}u;
+  let part = ownRow * ${resultStride}u + 2u * eight;
+  let row = rowBase + (subgroupRow * ${rowFragments}u + ${r}) * 16u + ownRow;
+  let column = columnBase + (subgroupColumn * ${columnFragments}u + ${n} * ${stored}u) * 16u + eight * 8u;
   if (row < params.rows && column < params.columns) {
     expanded[(params.expandedBase + row * params.columns + column) / 8u] = packHalves(
-      saturated(${unit.readQuad(results, "part")}),
-      saturated(${unit.readQuad(results, "part + 1u")}),
+      saturated(${unit.readQuad(own, "part")}),
+      saturated(${unit.readQuad(own, "part + 1u")}),
     );
   }
-}
+}`)
+          }
 workgroupBarrier();`)),
       2,
     )
   }
 }
 `;
+}
+
+/** WGSL functions that say where the quads that an invocation carries lie in the first slice; past the end, the last ones. */
+function places({ gapped }: MatrixExpandShape, depthQuads: number, columnQuads: number): string {
+  return `fn latentPlace(piece: u32, rowBase: u32) -> u32 {
+  let row = min(rowBase + piece / ${depthQuads}u, params.rows - 1u);
+  return (params.latentBase + row * params.latentRow${
+    gapped ? " + (row / params.latentRows) * params.latentGap" : ""
+  }) / 8u + piece % ${depthQuads}u;
+}
+
+fn weightPlace(piece: u32, columnBase: u32) -> u32 {
+  let column = min(columnBase + piece % ${columnQuads}u * 8u, params.columns - 8u);
+  return (params.weightBase + piece / ${columnQuads}u * params.weightStride + params.firstColumn + column) / 8u;
+}`;
+}
+
+/** WGSL functions that load eight halves of any shape, with zeros past its end. */
+function loads(
+  { latent, weight, gapped }: MatrixExpandShape,
+  depthQuads: number,
+  columnQuads: number,
+  native: boolean,
+): string {
+  return `// Loads stand outside of branches: those inside of one each wait for memory by itself.
+fn loadLatents(piece: u32, slice: u32, rowBase: u32) -> vec4<u32> {
+  let row = min(rowBase + piece / ${depthQuads}u, params.rows - 1u);
+  let wanted = slice * DEPTH + piece % ${depthQuads}u * 8u;
+  let exists = wanted < params.L;
+  let column = select(0u, wanted, exists);
+  let offset = params.latentBase + row * params.latentRow${
+    gapped ? " + (row / params.latentRows) * params.latentGap" : ""
+  };
+  return select(vec4<u32>(), ${loadHalves("latent", latent, "offset", "column", "params.L", native)}, exists);
+}
+
+fn loadWeights(piece: u32, slice: u32, columnBase: u32) -> vec4<u32> {
+  let wanted = slice * DEPTH + piece / ${columnQuads}u;
+  let column = columnBase + piece % ${columnQuads}u * 8u;
+  let exists = wanted < params.L && column < params.columns && column % PADDED < WIDTH;
+  let row = select(0u, wanted, exists);
+  let head = select(0u, column / PADDED, exists);
+  let within = select(0u, column % PADDED, exists);
+  let offset = params.weightBase + row * params.weightStride + params.firstColumn + head * WIDTH;
+  return select(vec4<u32>(), ${loadHalves("weight", weight, "offset", "within", "WIDTH", native)}, exists);
+}`;
 }

@@ -52,6 +52,9 @@ fn finiteHalves(quad: vec4<u32>) -> vec4<u32> {
   return quad & (low | high);
 }`;
 
+/** How kernels load what becomes halves: eight halves as words where every run of eight is aligned. */
+export type HalvesElement = StorageElement | "vec4<u32>";
+
 /**
  * WGSL expression of eight neighbours along the last axis as halves, zeros for those at or past `width`. It needs
  * {@link halfRange} and the matrix unit's `packHalves`; halves that lie in quads pass as they are.
@@ -61,12 +64,13 @@ fn finiteHalves(quad: vec4<u32>) -> vec4<u32> {
  */
 export function loadHalves(
   buffer: string,
-  element: StorageElement,
+  element: HalvesElement,
   offset: string,
   column: string,
   width: string,
   native: boolean,
 ): string {
+  if (element === "vec4<u32>") return `${buffer}[(${offset} + ${column}) / 8u]`;
   // Loads stand outside of branches: those inside of one each wait for memory by itself.
   const second = `${column} + 4u < ${width}`;
   if (element === "vec4<f16>") {

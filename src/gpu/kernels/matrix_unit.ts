@@ -25,8 +25,12 @@ export interface MatrixMemory {
   readonly name: string;
   /** What it holds. */
   readonly kind: "halves" | "floats";
-  /** Its length in quads of 16 bytes. */
+  /** Its length in quads of 16 bytes; of one part, where it has parts. */
   readonly quads: number;
+  /** How many parts it is divided into; see {@link MatrixUnit.part}. */
+  readonly parts?: number;
+  /** WGSL expression of where a part of it begins, in quads, where the parts are no arrays of their own. */
+  readonly start?: string;
 }
 
 /** Whether neighbours in memory are neighbours in a row or in a column. */
@@ -64,6 +68,16 @@ export interface MatrixUnit {
   declarations(memories: readonly MatrixMemory[]): string;
   /** WGSL statements that `main` begins with; `t` is the invocation's index in the workgroup. */
   readonly prologue: string;
+  /**
+   * One part of a memory, by a WGSL expression of its index. Natively each is an array, in which fragments can lie at
+   * constant places: Dawn checks the bounds of all others, and each check is a branch. An index it merely clamps.
+   */
+  part(memory: MatrixMemory, index: string): MatrixMemory;
+  /**
+   * WGSL statements for each value of an index below `count`, which they see as a constant natively; emulated, as the
+   * expression.
+   */
+  cases(index: string, count: number, code: (index: string) => string): string;
   /** Declares fragments. */
   fragments(name: string, side: "left" | "result", rows: number, columns: number): FragmentArray;
   /**
@@ -81,8 +95,10 @@ export interface MatrixUnit {
   accumulate(result: string, left: string, right: RightFragment): string;
   /** WGSL expression of a result, loaded in row order from floats. */
   loadResult(memory: MatrixMemory, offset: string, stride: number): string;
-  /** WGSL statement that stores a result in row order to floats. */
-  storeResult(memory: MatrixMemory, offset: string, stride: number, result: string): string;
+  /** WGSL statement that stores a result to floats; in row order when not said otherwise. */
+  storeResult(memory: MatrixMemory, offset: string, stride: number, result: string, order?: MatrixOrder): string;
+  /** WGSL expression of type f32: one of the four floats of a quad. */
+  readFloat(memory: MatrixMemory, quad: string, float: string): string;
   /** WGSL expression of type vec4<f32> or vec4<u32>: a quad of memory. */
   readQuad(memory: MatrixMemory, index: string): string;
   /** WGSL statement that stores a vec4<f32> to floats, or eight packed halves, a vec4<u32>, to halves. */
@@ -98,7 +114,7 @@ export interface MatrixUnit {
    * WGSL statements that combine the f32 variable `value` of `width` neighbouring invocations, for each of them.
    * In uniform control flow only, and with at least one other barrier between two of them.
    */
-  combine(value: string, width: number, how: "max" | "sum", workgroupSize: number): string;
+  combine(value: string, width: number, how: "max" | "sum"): string;
 }
 
 /** Invocations of a subgroup, of either back end. */
@@ -121,7 +137,7 @@ export function matrixUnit(backend: MatrixBackend): MatrixUnit {
 
 /** Bytes of workgroup memory. */
 export function memoryBytes(memories: readonly MatrixMemory[]): number {
-  return memories.reduce((sum, { quads }) => sum + 16 * quads, 0);
+  return memories.reduce((sum, { quads, parts = 1 }) => sum + 16 * quads * parts, 0);
 }
 
 const lane = `  let lane = t % ${subgroupSize}u;
@@ -163,9 +179,11 @@ diagnostic(off, subgroup_uniformity);
 `,
     declarations: (memories) =>
       `${
-        memories.map((memory) =>
-          `var<workgroup> ${memory.name}: array<${element(memory)}, ${memory.quads * unitOf(memory)}>;`
-        ).join("\n")
+        memories.map((memory) => {
+          const array = `array<${element(memory)}, ${memory.quads * unitOf(memory)}>`;
+          const { name, parts } = memory;
+          return `var<workgroup> ${name}: ${parts === undefined ? array : `array<${array}, ${parts}>`};`;
+        }).join("\n")
       }
 
 // Eight halves, rounded to nearest.
@@ -173,6 +191,11 @@ fn packHalves(low: vec4<f32>, high: vec4<f32>) -> vec4<u32> {
   return vec4<u32>(bitcast<vec2<u32>>(vec4<f16>(low)), bitcast<vec2<u32>>(vec4<f16>(high)));
 }`,
     prologue: lane,
+    part: ({ name, kind, quads }, index) => ({ name: `${name}[${index}]`, kind, quads }),
+    cases: (index, count, code) =>
+      count === 1 ? code("0u") : `switch (${index}) {
+${unroll(count, (i) => `  ${i === count - 1 ? "default" : `case ${i}u`}: {\n${indent(code(`${i}u`), 4)}\n  }`)}
+}`,
     zero: `${type("result")}()`,
     over: (_index, count, step) => unroll(count, (i) => `{\n${indent(step(`${i}u`), 2)}\n}`),
     fragments: (name, side, rows, columns) => {
@@ -190,10 +213,15 @@ fn packHalves(low: vec4<f32>, high: vec4<f32>) -> vec4<u32> {
     accumulate: (result, left, right) =>
       `${result} = subgroupMatrixMultiplyAccumulate(${left}, ${right.name}, ${result});`,
     loadResult: (memory, offset, stride) => load("result", memory, offset, stride, "row"),
-    storeResult: (memory, offset, stride, result) =>
+    storeResult: (memory, offset, stride, result, order = "row") =>
       isFlag
-        ? `subgroupMatrixStore(&${memory.name}, ${at(memory, offset)}, ${result}, false, ${stride * unitOf(memory)}u);`
-        : `subgroupMatrixStore<row_major>(&${memory.name}, ${offset}, ${result}, ${stride}u);`,
+        ? `subgroupMatrixStore(&${memory.name}, ${at(memory, offset)}, ${result}, ${order === "column"}, ${
+          stride * unitOf(memory)
+        }u);`
+        : `subgroupMatrixStore<${
+          order === "row" ? "row_major" : "col_major"
+        }>(&${memory.name}, ${offset}, ${result}, ${stride}u);`,
+    readFloat: ({ name }, quad, float) => isFlag ? `${name}[4u * (${quad}) + ${float}]` : `${name}[${quad}][${float}]`,
     readQuad: (memory, index) =>
       !isFlag
         ? `${memory.name}[${index}]`
@@ -233,8 +261,8 @@ struct ResultFragment { c0: vec4<f32>, c4: vec4<f32> }
 
 var<private> lane: u32;
 ${
-      memories.map(({ name, kind, quads }) =>
-        `var<workgroup> ${name}: array<${kind === "halves" ? "vec4<u32>" : "vec4<f32>"}, ${quads}>;`
+      memories.map(({ name, kind, quads, parts = 1 }) =>
+        `var<workgroup> ${name}: array<${kind === "halves" ? "vec4<u32>" : "vec4<f32>"}, ${quads * parts}>;`
       ).join("\n")
     }
 var<workgroup> exchanged: array<f32, ${exchangeLength}>;
@@ -256,22 +284,27 @@ ${memories.map((memory) => memory.kind === "halves" ? halvesFunctions(memory) : 
     declaration: `var ${name}: array<${side === "left" ? "LeftFragment" : "ResultFragment"}, ${rows * columns}>;`,
     at: (row, column) => `${name}[${row} * ${columns}u + ${column}]`,
   }),
-  loadLeft: ({ name }, offset, stride, order = "row") =>
-    `${name}_left${order === "row" ? "" : "Column"}(${offset}, ${stride}u)`,
+  part: (memory, index) => ({ ...memory, start: `${index} * ${memory.quads}u + ` }),
+  cases: (index, _count, code) => code(index),
+  loadLeft: ({ name, start = "" }, offset, stride, order = "row") =>
+    `${name}_left${order === "row" ? "" : "Column"}(${start}${offset}, ${stride}u)`,
   right: (name, memory, offset, stride, order) => ({
     ...{ name, memory, stride, order },
-    code: `let ${name} = ${offset};`,
+    code: `let ${name} = ${memory.start ?? ""}${offset};`,
   }),
   accumulate: (result, left, { name, memory, stride, order }) =>
     `${result} = ${memory.name}_${order}(${left}, ${name}, ${stride}u, ${result});`,
-  loadResult: ({ name }, offset, stride) => `${name}_load(${offset}, ${stride}u)`,
-  storeResult: ({ name }, offset, stride, result) => `${name}_store(${offset}, ${stride}u, ${result});`,
-  readQuad: ({ name }, index) => `${name}[${index}]`,
-  writeQuad: ({ name }, index, value) => `${name}[${index}] = ${value};`,
-  writeFour: ({ name }, index, value) =>
+  loadResult: ({ name, start = "" }, offset, stride) => `${name}_load(${start}${offset}, ${stride}u)`,
+  storeResult: ({ name, start = "" }, offset, stride, result, order = "row") =>
+    `${name}_store${order === "row" ? "" : "Column"}(${start}${offset}, ${stride}u, ${result});`,
+  readFloat: ({ name, start = "" }, quad, float) => `${name}[${start}${quad}][${float}]`,
+  readQuad: ({ name, start = "" }, index) => `${name}[${start}${index}]`,
+  writeQuad: ({ name, start = "" }, index, value) => `${name}[${start}${index}] = ${value};`,
+  writeFour: ({ name, start = "" }, index, value) =>
     `{
-  ${name}[(${index}) / 2u][2u * ((${index}) % 2u)] = pack2x16float(${value}.xy);
-  ${name}[(${index}) / 2u][2u * ((${index}) % 2u) + 1u] = pack2x16float(${value}.zw);
+  let quad = ${start}(${index}) / 2u;
+  ${name}[quad][2u * ((${index}) % 2u)] = pack2x16float(${value}.xy);
+  ${name}[quad][2u * ((${index}) % 2u) + 1u] = pack2x16float(${value}.zw);
 }`,
   sumQuads: (value, apart, count) =>
     count === 1 ? "" : `for (var c = 0u; c < 4u; c += 1u) {
@@ -355,5 +388,13 @@ fn ${name}_store(offset: u32, stride: u32, result: ResultFragment) {
   let at = offset + lane / 2u * stride + lane % 2u * 2u;
   ${name}[at] = result.c0;
   ${name}[at + 1u] = result.c4;
+}
+
+fn ${name}_storeColumn(offset: u32, stride: u32, result: ResultFragment) {
+  let row = lane / 2u;
+  for (var c = 0u; c < 8u; c += 1u) {
+    let at = offset + (lane % 2u * 8u + c) * stride + row / 4u;
+    ${name}[at][row % 4u] = select(result.c4[c % 4u], result.c0[c % 4u], c < 4u);
+  }
 }`;
 }

@@ -10,7 +10,7 @@ export function storageElement(dtype: "f32" | "f16", quads: boolean): StorageEle
 }
 
 /** The directives that kernels over such arrays begin with. */
-export function storageDirectives(elements: readonly StorageElement[]): string {
+export function storageDirectives(elements: readonly string[]): string {
   return elements.some((element) => element.includes("f16")) ? "enable f16;\n" : "";
 }
 
