@@ -11,6 +11,7 @@ import { skipEmulation as skip, testContext } from "./support/gpu.ts";
 import { MatrixCall, type MatrixSetup } from "./support/matrix_call.ts";
 import { relL2 } from "./support/metrics.ts";
 import { normals, randomTensor } from "./support/random_problem.ts";
+import { workgroupVariables } from "./support/workgroup_variables.ts";
 
 const setup: MatrixSetup = {
   backend: "emulated",
@@ -147,11 +148,7 @@ test("every workgroup variable is a whole number of 16 bytes", async () => {
     ...{ output: "vec4<f16>", ropeQuery: "f32", sinkQuads: 0, lse: true },
     terms: { scoreTerm: "none", softCap: false, window: false, bias: "f32", dropout: false },
   }, "template");
-  const bytes: Record<string, number> = { "vec4<u32>": 16, "vec4<f32>": 16, f32: 4 };
-  const declared = [...code.matchAll(/var<workgroup> (\w+): (?:array<(.*), (\d+)>|vec4<u32>);/g)];
-  assertEquals(declared.length, 6);
-  for (const [, name, element, count] of declared) {
-    if (element === undefined) continue;
-    assertEquals(bytes[element] * Number(count) % 16, 0, name);
-  }
+  const variables = workgroupVariables(code);
+  assertEquals([...variables.keys()].sort(), ["keys", "probs", "rescale", "rowFactor", "scores", "values"]);
+  for (const [name, bytes] of variables) assertEquals(bytes % 16, 0, name);
 });

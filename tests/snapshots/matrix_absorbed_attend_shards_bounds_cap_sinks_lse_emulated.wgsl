@@ -132,6 +132,14 @@ fn scores_store(offset: u32, stride: u32, result: ResultFragment) {
   scores[at + 1u] = result.c4;
 }
 
+fn scores_storeColumn(offset: u32, stride: u32, result: ResultFragment) {
+  let row = lane / 2u;
+  for (var c = 0u; c < 8u; c += 1u) {
+    let at = offset + (lane % 2u * 8u + c) * stride + row / 4u;
+    scores[at][row % 4u] = select(result.c4[c % 4u], result.c0[c % 4u], c < 4u);
+  }
+}
+
 fn probs_left(offset: u32, stride: u32) -> LeftFragment {
   let first = probs[offset + lane / 2u * stride];
   let second = probs[offset + lane / 2u * stride + 1u];
@@ -424,12 +432,14 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
       rowSum += (p1.x + p1.y) + (p1.z + p1.w);
       if (isWriting) {
         {
-          probs[(((softRow / 16u * 2u + (softPart * 2u + 0u) / 4u) * 16u + softRow % 16u) * 4u + (softPart * 2u + 0u) % 4u) / 2u][2u * ((((softRow / 16u * 2u + (softPart * 2u + 0u) / 4u) * 16u + softRow % 16u) * 4u + (softPart * 2u + 0u) % 4u) % 2u)] = pack2x16float(p0.xy);
-          probs[(((softRow / 16u * 2u + (softPart * 2u + 0u) / 4u) * 16u + softRow % 16u) * 4u + (softPart * 2u + 0u) % 4u) / 2u][2u * ((((softRow / 16u * 2u + (softPart * 2u + 0u) / 4u) * 16u + softRow % 16u) * 4u + (softPart * 2u + 0u) % 4u) % 2u) + 1u] = pack2x16float(p0.zw);
+          let quad = (((softRow / 16u * 2u + (softPart * 2u + 0u) / 4u) * 16u + softRow % 16u) * 4u + (softPart * 2u + 0u) % 4u) / 2u;
+          probs[quad][2u * ((((softRow / 16u * 2u + (softPart * 2u + 0u) / 4u) * 16u + softRow % 16u) * 4u + (softPart * 2u + 0u) % 4u) % 2u)] = pack2x16float(p0.xy);
+          probs[quad][2u * ((((softRow / 16u * 2u + (softPart * 2u + 0u) / 4u) * 16u + softRow % 16u) * 4u + (softPart * 2u + 0u) % 4u) % 2u) + 1u] = pack2x16float(p0.zw);
         }
         {
-          probs[(((softRow / 16u * 2u + (softPart * 2u + 1u) / 4u) * 16u + softRow % 16u) * 4u + (softPart * 2u + 1u) % 4u) / 2u][2u * ((((softRow / 16u * 2u + (softPart * 2u + 1u) / 4u) * 16u + softRow % 16u) * 4u + (softPart * 2u + 1u) % 4u) % 2u)] = pack2x16float(p1.xy);
-          probs[(((softRow / 16u * 2u + (softPart * 2u + 1u) / 4u) * 16u + softRow % 16u) * 4u + (softPart * 2u + 1u) % 4u) / 2u][2u * ((((softRow / 16u * 2u + (softPart * 2u + 1u) / 4u) * 16u + softRow % 16u) * 4u + (softPart * 2u + 1u) % 4u) % 2u) + 1u] = pack2x16float(p1.zw);
+          let quad = (((softRow / 16u * 2u + (softPart * 2u + 1u) / 4u) * 16u + softRow % 16u) * 4u + (softPart * 2u + 1u) % 4u) / 2u;
+          probs[quad][2u * ((((softRow / 16u * 2u + (softPart * 2u + 1u) / 4u) * 16u + softRow % 16u) * 4u + (softPart * 2u + 1u) % 4u) % 2u)] = pack2x16float(p1.xy);
+          probs[quad][2u * ((((softRow / 16u * 2u + (softPart * 2u + 1u) / 4u) * 16u + softRow % 16u) * 4u + (softPart * 2u + 1u) % 4u) % 2u) + 1u] = pack2x16float(p1.zw);
         }
       }
       if (masking) {

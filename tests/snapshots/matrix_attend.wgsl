@@ -11,7 +11,6 @@ const ROPE_QUADS = 2u;
 const DEPTH_QUADS = 6u;
 const KEY_STRIDE = 7u;
 const STORED_VALUE_QUADS = 4u;
-const VALUE_QUADS = 4u;
 const VALUE_STRIDE = 5u;
 const MASKED = -3.4e38;
 const UNSEEN = -3.0e38;
@@ -91,10 +90,10 @@ struct Block {
 @group(0) @binding(4) var<storage, read_write> output: array<vec4<f16>>;
 @group(0) @binding(7) var<storage, read_write> lse: array<f32>;
 
-var<workgroup> keys: array<vec4<u32>, 224>;
-var<workgroup> values: array<vec4<u32>, 160>;
-var<workgroup> scores: array<vec4<f32>, 288>;
-var<workgroup> probs: array<vec4<u32>, 128>;
+var<workgroup> keys: array<array<vec4<u32>, 112>, 2>;
+var<workgroup> values: array<array<vec4<u32>, 159>, 1>;
+var<workgroup> scores: array<array<vec4<f32>, 160>, 2>;
+var<workgroup> probs: array<array<vec4<u32>, 32>, 4>;
 
 // Eight halves, rounded to nearest.
 fn packHalves(low: vec4<f32>, high: vec4<f32>) -> vec4<u32> {
@@ -129,28 +128,14 @@ fn loadQuery4(block: Block, head: u32, row: u32, at: u32) -> vec4<f32> {
   return vec4<f32>();
 }
 
-fn loadQuery(block: Block, head: u32, firstRow: u32, piece: u32) -> vec4<u32> {
-  let row = block.rowStart + firstRow + piece / DEPTH_QUADS;
-  let at = piece % DEPTH_QUADS * 8u;
+fn loadQuery(block: Block, head: u32, firstRow: u32, quad: u32) -> vec4<u32> {
+  let row = block.rowStart + firstRow;
+  let at = quad * 8u;
   return packHalves(saturated(loadQuery4(block, head, row, at)), saturated(loadQuery4(block, head, row, at + 4u)));
 }
 
-// Here loads inside of a branch are the faster ones, unlike in the other kernels: 0.52 ms where clamped rows took 0.55, at
-// 16 heads and 4,096 tokens on an H100.
-fn loadKey(block: Block, kvHead: u32, keyBase: u32, piece: u32) -> vec4<u32> {
-  let row = keyBase + piece / DEPTH_QUADS;
-  let at = piece % DEPTH_QUADS;
-  if (row >= block.columnEnd) { return vec4<u32>(); }
-  let rope = params.ropeKeyBase / 8u + row * ROPE_QUADS + at - NOPE_QUADS;
-  return expanded[select(rope, (row * params.groupKvHeads + kvHead) * NOPE_QUADS + at, at < NOPE_QUADS)];
-}
-
-fn loadValue(block: Block, kvHead: u32, keyBase: u32, piece: u32) -> vec4<u32> {
-  let row = keyBase + piece / VALUE_QUADS;
-  let at = piece % VALUE_QUADS;
-  if (row >= block.columnEnd || at >= STORED_VALUE_QUADS) { return vec4<u32>(); }
-  return expanded[params.valuesBase / 8u + (row * params.groupKvHeads + kvHead) * STORED_VALUE_QUADS + at];
-}
+// Past the last key stands the last one again: its scores are masked, and its values are multiplied by 0.
+fn rowWithin(row: u32, block: Block) -> u32 { return min(row, max(block.columnEnd, 1u) - 1u); }
 
 @compute @workgroup_size(64)
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) t: u32) {
@@ -163,6 +148,8 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
   let share = subgroup % 1u;
   let softRow = t / 2u;
   let softPart = t % 2u;
+  let stageRow = t / 2u;
+  let stageQuad = t % 2u;
   let origin = block.item * params.keyLength; // first key row of the batch item
   let position = params.firstRow - block.item * params.queryLength; // of row 0 in the batch item, modulo 2^32
   let count = (block.columnEnd - block.columnStart + BLOCK_K - 1u) / BLOCK_K;
@@ -176,181 +163,179 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
   var s0_1: subgroup_matrix_result<f32, 16, 16>;
   var o0_0: subgroup_matrix_result<f32, 16, 16>;
   var o0_1: subgroup_matrix_result<f32, 16, 16>;
+  var query0 = vec4<u32>();
   var key0 = vec4<u32>();
+  var query1 = vec4<u32>();
   var key1 = vec4<u32>();
+  var query2 = vec4<u32>();
   var key2 = vec4<u32>();
   var value0 = vec4<u32>();
   var value1 = vec4<u32>();
 
   if (t == 0u) { rescale = vec4<u32>(); }
-  {
+  query0 = loadQuery(block, head, 0u * BLOCK_K + stageRow, stageQuad);
+  query1 = loadQuery(block, head, 0u * BLOCK_K + stageRow, stageQuad + 2u);
+  query2 = loadQuery(block, head, 0u * BLOCK_K + stageRow, stageQuad + 4u);
+  for (var round = 0u; round < 1u; round += 1u) {
     workgroupBarrier();
-    {
-      let packed = loadQuery(block, head, 0u * 32u, t);
-      keys[(t) / DEPTH_QUADS * KEY_STRIDE + (t) % DEPTH_QUADS] = packed;
-    }
-    {
-      let packed = loadQuery(block, head, 0u * 32u, t + 64u);
-      keys[(t + 64u) / DEPTH_QUADS * KEY_STRIDE + (t + 64u) % DEPTH_QUADS] = packed;
-    }
-    {
-      let packed = loadQuery(block, head, 0u * 32u, t + 128u);
-      keys[(t + 128u) / DEPTH_QUADS * KEY_STRIDE + (t + 128u) % DEPTH_QUADS] = packed;
-    }
+    keys[(stageRow / 16u)][stageRow % 16u * KEY_STRIDE + stageQuad] = query0;
+    keys[(stageRow / 16u)][stageRow % 16u * KEY_STRIDE + stageQuad + 2u] = query1;
+    keys[(stageRow / 16u)][stageRow % 16u * KEY_STRIDE + stageQuad + 4u] = query2;
     workgroupBarrier();
+
     {
-      if ((rowGroup * 1u + 0u) / 2u == 0u) {
-      {
-          q0_0 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&keys, (rowGroup * 1u + 0u) % 2u * 112u + 0u * 2u, 7u);
-      }
-      {
-          q0_1 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&keys, (rowGroup * 1u + 0u) % 2u * 112u + 1u * 2u, 7u);
-      }
-      {
-          q0_2 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&keys, (rowGroup * 1u + 0u) % 2u * 112u + 2u * 2u, 7u);
-      }
+      if ((rowGroup * 1u + 0u) / 2u == round) {
+        {
+          q0_0 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&keys[((rowGroup * 1u + 0u) % 2u)], 0u * 2u, 7u);
+        }
+        {
+          q0_1 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&keys[((rowGroup * 1u + 0u) % 2u)], 1u * 2u, 7u);
+        }
+        {
+          q0_2 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&keys[((rowGroup * 1u + 0u) % 2u)], 2u * 2u, 7u);
+        }
       }
     }
   }
   workgroupBarrier();
-  key0 = loadKey(block, kvHead, lastBase, t);
-  key1 = loadKey(block, kvHead, lastBase, t + 64u);
-  key2 = loadKey(block, kvHead, lastBase, t + 128u);
-  keys[(t) / DEPTH_QUADS * KEY_STRIDE + (t) % DEPTH_QUADS] = key0;
-  keys[(t + 64u) / DEPTH_QUADS * KEY_STRIDE + (t + 64u) % DEPTH_QUADS] = key1;
-  keys[(t + 128u) / DEPTH_QUADS * KEY_STRIDE + (t + 128u) % DEPTH_QUADS] = key2;
+  {
+    let row = rowWithin(lastBase + stageRow, block);
+    let nope = (row * params.groupKvHeads + kvHead) * NOPE_QUADS;
+    let rope = params.ropeKeyBase / 8u + row * ROPE_QUADS - NOPE_QUADS;
+    key0 = expanded[nope + stageQuad];
+    key1 = expanded[nope + stageQuad + 2u];
+    key2 = expanded[rope + stageQuad + 4u];
+  }
+  keys[(stageRow / 16u)][stageRow % 16u * KEY_STRIDE + stageQuad] = key0;
+  keys[(stageRow / 16u)][stageRow % 16u * KEY_STRIDE + stageQuad + 2u] = key1;
+  keys[(stageRow / 16u)][stageRow % 16u * KEY_STRIDE + stageQuad + 4u] = key2;
   // The first round of outputs adds zeros.
-  {
-    let zero = vec4<u32>();
-    probs[t] = zero;
+  let zero = vec4<u32>();
+  for (var i = t; i < 128u; i += 64u) {
+    probs[(i / 32u)][i % 32u] = zero;
   }
-  {
-    let zero = vec4<u32>();
-    probs[t + 64u] = zero;
-  }
-  {
-    let zero = vec4<u32>();
-    values[t] = zero;
-  }
-  {
-    let zero = vec4<u32>();
-    values[t + 64u] = zero;
-  }
-  if (t + 128u < 160u) {
-    {
-      let zero = vec4<u32>();
-      values[t + 128u] = zero;
-    }
-  }
-  workgroupBarrier();
-  key0 = loadKey(block, kvHead, lastBase - BLOCK_K, t);
-  key1 = loadKey(block, kvHead, lastBase - BLOCK_K, t + 64u);
-  key2 = loadKey(block, kvHead, lastBase - BLOCK_K, t + 128u);
-  value0 = loadValue(block, kvHead, lastBase, t);
-  value1 = loadValue(block, kvHead, lastBase, t + 64u);
-  {
-    {
-      let key = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, col_major>(&keys, (share * 2u + 0u) * 112u + 0u * 2u, 7u);
-      {
-        s0_0 = subgroupMatrixMultiplyAccumulate(q0_0, key, s0_0);
-      }
-    }
-    {
-      let key = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, col_major>(&keys, (share * 2u + 1u) * 112u + 0u * 2u, 7u);
-      {
-        s0_1 = subgroupMatrixMultiplyAccumulate(q0_0, key, s0_1);
-      }
-    }
-  }
-  {
-    {
-      let key = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, col_major>(&keys, (share * 2u + 0u) * 112u + 1u * 2u, 7u);
-      {
-        s0_0 = subgroupMatrixMultiplyAccumulate(q0_1, key, s0_0);
-      }
-    }
-    {
-      let key = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, col_major>(&keys, (share * 2u + 1u) * 112u + 1u * 2u, 7u);
-      {
-        s0_1 = subgroupMatrixMultiplyAccumulate(q0_1, key, s0_1);
-      }
-    }
-  }
-  {
-    {
-      let key = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, col_major>(&keys, (share * 2u + 0u) * 112u + 2u * 2u, 7u);
-      {
-        s0_0 = subgroupMatrixMultiplyAccumulate(q0_2, key, s0_0);
-      }
-    }
-    {
-      let key = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, col_major>(&keys, (share * 2u + 1u) * 112u + 2u * 2u, 7u);
-      {
-        s0_1 = subgroupMatrixMultiplyAccumulate(q0_2, key, s0_1);
-      }
-    }
+  for (var i = t; i < 159u; i += 64u) {
+    values[(i / 159u)][i % 159u] = zero;
   }
   workgroupBarrier();
 
-  var next = 0u; // the block whose scores are in registers; the outputs of the one before are still to be summed
+  var next = 0u; // the block to be scored; the outputs of the one before are still to be summed
   var finished = false;
   loop {
     loop {
+      let keyBase = lastBase - next * BLOCK_K;
+      {
+        let row = rowWithin(keyBase - BLOCK_K + stageRow, block);
+        let nope = (row * params.groupKvHeads + kvHead) * NOPE_QUADS;
+        let rope = params.ropeKeyBase / 8u + row * ROPE_QUADS - NOPE_QUADS;
+        key0 = expanded[nope + stageQuad];
+        key1 = expanded[nope + stageQuad + 2u];
+        key2 = expanded[rope + stageQuad + 4u];
+      }
+      {
+        let row = rowWithin(keyBase + stageRow, block);
+        let start = params.valuesBase / 8u + (row * params.groupKvHeads + kvHead) * STORED_VALUE_QUADS;
+        value0 = expanded[start + stageQuad];
+        value1 = expanded[start + stageQuad + 2u];
+      }
       {
         {
-          subgroupMatrixStore<row_major>(&scores, (rowGroup * 1u + 0u) * 144u + (share * 2u + 0u) * 4u, s0_0, 9u);
+          s0_0 = subgroup_matrix_result<f32, 16, 16>();
         }
         {
-          subgroupMatrixStore<row_major>(&scores, (rowGroup * 1u + 0u) * 144u + (share * 2u + 1u) * 4u, s0_1, 9u);
+          s0_1 = subgroup_matrix_result<f32, 16, 16>();
         }
       }
       {
-        let prob0 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&probs, ((rowGroup * 1u + 0u) * 2u + 0u) * 32u, 2u);
+        let prob0 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&probs[((rowGroup * 1u + 0u) * 2u + 0u)], 0u, 2u);
         {
-          let value = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, row_major>(&values, 0u * 80u + (share * 2u + 0u) * 2u, 5u);
+          let value = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, row_major>(&values[share], 0u * 80u + 0u * 2u, 5u);
           o0_0 = subgroupMatrixMultiplyAccumulate(prob0, value, o0_0);
         }
         {
-          let value = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, row_major>(&values, 0u * 80u + (share * 2u + 1u) * 2u, 5u);
+          let value = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, row_major>(&values[share], 0u * 80u + 1u * 2u, 5u);
           o0_1 = subgroupMatrixMultiplyAccumulate(prob0, value, o0_1);
         }
       }
       {
-        let prob0 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&probs, ((rowGroup * 1u + 0u) * 2u + 1u) * 32u, 2u);
+        let prob0 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&probs[((rowGroup * 1u + 0u) * 2u + 1u)], 0u, 2u);
         {
-          let value = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, row_major>(&values, 1u * 80u + (share * 2u + 0u) * 2u, 5u);
+          let value = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, row_major>(&values[share], 1u * 80u + 0u * 2u, 5u);
           o0_0 = subgroupMatrixMultiplyAccumulate(prob0, value, o0_0);
         }
         {
-          let value = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, row_major>(&values, 1u * 80u + (share * 2u + 1u) * 2u, 5u);
+          let value = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, row_major>(&values[share], 1u * 80u + 1u * 2u, 5u);
           o0_1 = subgroupMatrixMultiplyAccumulate(prob0, value, o0_1);
+        }
+      }
+      {
+        {
+          let key = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, col_major>(&keys[(share * 2u + 0u)], 0u * 2u, 7u);
+          {
+            s0_0 = subgroupMatrixMultiplyAccumulate(q0_0, key, s0_0);
+          }
+        }
+        {
+          let key = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, col_major>(&keys[(share * 2u + 1u)], 0u * 2u, 7u);
+          {
+            s0_1 = subgroupMatrixMultiplyAccumulate(q0_0, key, s0_1);
+          }
+        }
+      }
+      {
+        {
+          let key = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, col_major>(&keys[(share * 2u + 0u)], 1u * 2u, 7u);
+          {
+            s0_0 = subgroupMatrixMultiplyAccumulate(q0_1, key, s0_0);
+          }
+        }
+        {
+          let key = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, col_major>(&keys[(share * 2u + 1u)], 1u * 2u, 7u);
+          {
+            s0_1 = subgroupMatrixMultiplyAccumulate(q0_1, key, s0_1);
+          }
+        }
+      }
+      {
+        {
+          let key = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, col_major>(&keys[(share * 2u + 0u)], 2u * 2u, 7u);
+          {
+            s0_0 = subgroupMatrixMultiplyAccumulate(q0_2, key, s0_0);
+          }
+        }
+        {
+          let key = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, col_major>(&keys[(share * 2u + 1u)], 2u * 2u, 7u);
+          {
+            s0_1 = subgroupMatrixMultiplyAccumulate(q0_2, key, s0_1);
+          }
         }
       }
       if (next >= count) {
         finished = true;
         break;
       }
-      let keyBase = lastBase - next * BLOCK_K;
-      keys[(t) / DEPTH_QUADS * KEY_STRIDE + (t) % DEPTH_QUADS] = key0;
-      keys[(t + 64u) / DEPTH_QUADS * KEY_STRIDE + (t + 64u) % DEPTH_QUADS] = key1;
-      keys[(t + 128u) / DEPTH_QUADS * KEY_STRIDE + (t + 128u) % DEPTH_QUADS] = key2;
-      key0 = loadKey(block, kvHead, keyBase - 2u * BLOCK_K, t);
-      key1 = loadKey(block, kvHead, keyBase - 2u * BLOCK_K, t + 64u);
-      key2 = loadKey(block, kvHead, keyBase - 2u * BLOCK_K, t + 128u);
+      {
+        {
+          subgroupMatrixStore<col_major>(&scores[subgroup], 0u * 80u + 0u * 4u, s0_0, 5u);
+        }
+        {
+          subgroupMatrixStore<col_major>(&scores[subgroup], 1u * 80u + 0u * 4u, s0_1, 5u);
+        }
+      }
       workgroupBarrier();
 
       let masking = keyBase + BLOCK_K > block.sharedEnd;
-      var x0 = scoreOf(scores[softRow * 9u + softPart * 4u + 0u]);
-      var x1 = scoreOf(scores[softRow * 9u + softPart * 4u + 1u]);
-      var x2 = scoreOf(scores[softRow * 9u + softPart * 4u + 2u]);
-      var x3 = scoreOf(scores[softRow * 9u + softPart * 4u + 3u]);
+      var x0 = scoreOf(vec4<f32>(scores[(softRow / 16u * 1u + 0u)][(4u * ((0u + softPart) % 8u) + 0u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 0u)][(4u * ((0u + softPart) % 8u) + 1u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 0u)][(4u * ((0u + softPart) % 8u) + 2u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 0u)][(4u * ((0u + softPart) % 8u) + 3u) * 5u + softRow % 16u / 4u][softRow % 4u]));
+      var x1 = scoreOf(vec4<f32>(scores[(softRow / 16u * 1u + 0u)][(4u * ((2u + softPart) % 8u) + 0u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 0u)][(4u * ((2u + softPart) % 8u) + 1u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 0u)][(4u * ((2u + softPart) % 8u) + 2u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 0u)][(4u * ((2u + softPart) % 8u) + 3u) * 5u + softRow % 16u / 4u][softRow % 4u]));
+      var x2 = scoreOf(vec4<f32>(scores[(softRow / 16u * 1u + 0u)][(4u * ((4u + softPart) % 8u) + 0u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 0u)][(4u * ((4u + softPart) % 8u) + 1u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 0u)][(4u * ((4u + softPart) % 8u) + 2u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 0u)][(4u * ((4u + softPart) % 8u) + 3u) * 5u + softRow % 16u / 4u][softRow % 4u]));
+      var x3 = scoreOf(vec4<f32>(scores[(softRow / 16u * 1u + 0u)][(4u * ((6u + softPart) % 8u) + 0u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 0u)][(4u * ((6u + softPart) % 8u) + 1u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 0u)][(4u * ((6u + softPart) % 8u) + 2u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 0u)][(4u * ((6u + softPart) % 8u) + 3u) * 5u + softRow % 16u / 4u][softRow % 4u]));
       if (masking) {
         let row = i32(block.rowStart + softRow);
         let end = vec4<i32>(min(row + block.diagonalEnd, i32(block.columnEnd)));
-        { let key = vec4<i32>(i32(keyBase + 4u * (softPart * 4u + 0u))) + vec4<i32>(0, 1, 2, 3); x0 = select(vec4<f32>(MASKED), x0, key < end); }
-        { let key = vec4<i32>(i32(keyBase + 4u * (softPart * 4u + 1u))) + vec4<i32>(0, 1, 2, 3); x1 = select(vec4<f32>(MASKED), x1, key < end); }
-        { let key = vec4<i32>(i32(keyBase + 4u * (softPart * 4u + 2u))) + vec4<i32>(0, 1, 2, 3); x2 = select(vec4<f32>(MASKED), x2, key < end); }
-        { let key = vec4<i32>(i32(keyBase + 4u * (softPart * 4u + 3u))) + vec4<i32>(0, 1, 2, 3); x3 = select(vec4<f32>(MASKED), x3, key < end); }
+        { let key = vec4<i32>(i32(keyBase + 4u * (0u + softPart))) + vec4<i32>(0, 1, 2, 3); x0 = select(vec4<f32>(MASKED), x0, key < end); }
+        { let key = vec4<i32>(i32(keyBase + 4u * (2u + softPart))) + vec4<i32>(0, 1, 2, 3); x1 = select(vec4<f32>(MASKED), x1, key < end); }
+        { let key = vec4<i32>(i32(keyBase + 4u * (4u + softPart))) + vec4<i32>(0, 1, 2, 3); x2 = select(vec4<f32>(MASKED), x2, key < end); }
+        { let key = vec4<i32>(i32(keyBase + 4u * (6u + softPart))) + vec4<i32>(0, 1, 2, 3); x3 = select(vec4<f32>(MASKED), x3, key < end); }
       }
       var blockTop = max(max(x0.x, x0.y), max(x0.z, x0.w));
       blockTop = max(blockTop, max(max(x1.x, x1.y), max(x1.z, x1.w)));
@@ -381,116 +366,73 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
       rowSum += (p2.x + p2.y) + (p2.z + p2.w);
       rowSum += (p3.x + p3.y) + (p3.z + p3.w);
 
+      let isOdd = softPart % 2u == 1u;
+      let firstEight = (softPart + 2u * (softPart % 2u)) / 2u;
       {
-        let packed = packHalves(p0, p1);
-        probs[((softRow / 16u * 2u + (softPart * 4u + 0u) / 4u) * 16u + softRow % 16u) * 2u + ((softPart * 4u + 0u) / 2u) % 2u] = packed;
+        let both = packHalves(p0, p1);
+        let sent = select(both.zw, both.xy, isOdd);
+        let got = vec2<u32>(subgroupShuffleXor(sent.x, 1u), subgroupShuffleXor(sent.y, 1u));
+        let packed = select(vec4<u32>(both.xy, got), vec4<u32>(got, both.zw), isOdd);
+        probs[(softRow / 16u * 2u + (0u + firstEight) / 2u)][softRow % 16u * 2u + (0u + firstEight) % 2u] = packed;
       }
       {
-        let packed = packHalves(p2, p3);
-        probs[((softRow / 16u * 2u + (softPart * 4u + 2u) / 4u) * 16u + softRow % 16u) * 2u + ((softPart * 4u + 2u) / 2u) % 2u] = packed;
-      }
-      {
-        {
-          s0_0 = subgroup_matrix_result<f32, 16, 16>();
-        }
-        {
-          s0_1 = subgroup_matrix_result<f32, 16, 16>();
-        }
-      }
-      {
-        {
-          let key = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, col_major>(&keys, (share * 2u + 0u) * 112u + 0u * 2u, 7u);
-          {
-            s0_0 = subgroupMatrixMultiplyAccumulate(q0_0, key, s0_0);
-          }
-        }
-        {
-          let key = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, col_major>(&keys, (share * 2u + 1u) * 112u + 0u * 2u, 7u);
-          {
-            s0_1 = subgroupMatrixMultiplyAccumulate(q0_0, key, s0_1);
-          }
-        }
-      }
-      {
-        {
-          let key = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, col_major>(&keys, (share * 2u + 0u) * 112u + 1u * 2u, 7u);
-          {
-            s0_0 = subgroupMatrixMultiplyAccumulate(q0_1, key, s0_0);
-          }
-        }
-        {
-          let key = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, col_major>(&keys, (share * 2u + 1u) * 112u + 1u * 2u, 7u);
-          {
-            s0_1 = subgroupMatrixMultiplyAccumulate(q0_1, key, s0_1);
-          }
-        }
-      }
-      {
-        {
-          let key = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, col_major>(&keys, (share * 2u + 0u) * 112u + 2u * 2u, 7u);
-          {
-            s0_0 = subgroupMatrixMultiplyAccumulate(q0_2, key, s0_0);
-          }
-        }
-        {
-          let key = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, col_major>(&keys, (share * 2u + 1u) * 112u + 2u * 2u, 7u);
-          {
-            s0_1 = subgroupMatrixMultiplyAccumulate(q0_2, key, s0_1);
-          }
-        }
+        let both = packHalves(p2, p3);
+        let sent = select(both.zw, both.xy, isOdd);
+        let got = vec2<u32>(subgroupShuffleXor(sent.x, 1u), subgroupShuffleXor(sent.y, 1u));
+        let packed = select(vec4<u32>(both.xy, got), vec4<u32>(got, both.zw), isOdd);
+        probs[(softRow / 16u * 2u + (2u + firstEight) / 2u)][softRow % 16u * 2u + (2u + firstEight) % 2u] = packed;
       }
       if (masking) {
         value0 = finiteHalves(value0);
         value1 = finiteHalves(value1);
       }
-      values[(t) / VALUE_QUADS * VALUE_STRIDE + (t) % VALUE_QUADS] = value0;
-      values[(t + 64u) / VALUE_QUADS * VALUE_STRIDE + (t + 64u) % VALUE_QUADS] = value1;
-      value0 = loadValue(block, kvHead, keyBase - BLOCK_K, t);
-      value1 = loadValue(block, kvHead, keyBase - BLOCK_K, t + 64u);
+      values[0u][stageRow * VALUE_STRIDE + stageQuad - 0u] = value0;
+      values[0u][stageRow * VALUE_STRIDE + stageQuad + 2u - 0u] = value1;
+      keys[(stageRow / 16u)][stageRow % 16u * KEY_STRIDE + stageQuad] = key0;
+      keys[(stageRow / 16u)][stageRow % 16u * KEY_STRIDE + stageQuad + 2u] = key1;
+      keys[(stageRow / 16u)][stageRow % 16u * KEY_STRIDE + stageQuad + 4u] = key2;
       next += 1u;
       if (workgroupUniformLoad(&rescale).x != 0u) { break; }
     }
     if (finished) { break; }
     // The scores are consumed, and their memory is free.
     if (t == 0u) { rescale = vec4<u32>(); }
-    let own = subgroup * 80u;
     {
       {
-        subgroupMatrixStore<row_major>(&scores, own, o0_0, 5u);
+        subgroupMatrixStore<row_major>(&scores[subgroup], 0u, o0_0, 9u);
+        subgroupMatrixStore<row_major>(&scores[subgroup], 4u, o0_1, 9u);
         workgroupBarrier();
         {
-          let ownRow = (lane + 0u) / 4u;
-          let ownQuad = (lane + 0u) % 4u;
-          let scaled = scores[own + ownRow * 5u + ownQuad] * rowFactor[(rowGroup * 1u + 0u) * 16u + ownRow];
-          scores[own + ownRow * 5u + ownQuad] = scaled;
+          let ownRow = (lane + 0u) / 8u;
+          let ownQuad = (lane + 0u) % 8u;
+          let index = ownRow * 9u + ownQuad;
+          let scaled = scores[subgroup][index] * rowFactor[((rowGroup * 1u + 0u) * 16u + ownRow)];
+          scores[subgroup][index] = scaled;
         }
         {
-          let ownRow = (lane + 32u) / 4u;
-          let ownQuad = (lane + 32u) % 4u;
-          let scaled = scores[own + ownRow * 5u + ownQuad] * rowFactor[(rowGroup * 1u + 0u) * 16u + ownRow];
-          scores[own + ownRow * 5u + ownQuad] = scaled;
-        }
-        workgroupBarrier();
-        o0_0 = subgroupMatrixLoad<subgroup_matrix_result<f32, 16, 16>, row_major>(&scores, own, 5u);
-        workgroupBarrier();
-      }
-      {
-        subgroupMatrixStore<row_major>(&scores, own, o0_1, 5u);
-        workgroupBarrier();
-        {
-          let ownRow = (lane + 0u) / 4u;
-          let ownQuad = (lane + 0u) % 4u;
-          let scaled = scores[own + ownRow * 5u + ownQuad] * rowFactor[(rowGroup * 1u + 0u) * 16u + ownRow];
-          scores[own + ownRow * 5u + ownQuad] = scaled;
+          let ownRow = (lane + 32u) / 8u;
+          let ownQuad = (lane + 32u) % 8u;
+          let index = ownRow * 9u + ownQuad;
+          let scaled = scores[subgroup][index] * rowFactor[((rowGroup * 1u + 0u) * 16u + ownRow)];
+          scores[subgroup][index] = scaled;
         }
         {
-          let ownRow = (lane + 32u) / 4u;
-          let ownQuad = (lane + 32u) % 4u;
-          let scaled = scores[own + ownRow * 5u + ownQuad] * rowFactor[(rowGroup * 1u + 0u) * 16u + ownRow];
-          scores[own + ownRow * 5u + ownQuad] = scaled;
+          let ownRow = (lane + 64u) / 8u;
+          let ownQuad = (lane + 64u) % 8u;
+          let index = ownRow * 9u + ownQuad;
+          let scaled = scores[subgroup][index] * rowFactor[((rowGroup * 1u + 0u) * 16u + ownRow)];
+          scores[subgroup][index] = scaled;
+        }
+        {
+          let ownRow = (lane + 96u) / 8u;
+          let ownQuad = (lane + 96u) % 8u;
+          let index = ownRow * 9u + ownQuad;
+          let scaled = scores[subgroup][index] * rowFactor[((rowGroup * 1u + 0u) * 16u + ownRow)];
+          scores[subgroup][index] = scaled;
         }
         workgroupBarrier();
-        o0_1 = subgroupMatrixLoad<subgroup_matrix_result<f32, 16, 16>, row_major>(&scores, own, 5u);
+        o0_0 = subgroupMatrixLoad<subgroup_matrix_result<f32, 16, 16>, row_major>(&scores[subgroup], 0u, 9u);
+        o0_1 = subgroupMatrixLoad<subgroup_matrix_result<f32, 16, 16>, row_major>(&scores[subgroup], 4u, 9u);
         workgroupBarrier();
       }
     }
@@ -509,64 +451,59 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     }
   }
   workgroupBarrier();
-  let own = subgroup * 80u;
   {
     {
-      subgroupMatrixStore<row_major>(&scores, own, o0_0, 5u);
+      subgroupMatrixStore<row_major>(&scores[subgroup], 0u, o0_0, 9u);
+      subgroupMatrixStore<row_major>(&scores[subgroup], 4u, o0_1, 9u);
       workgroupBarrier();
       {
-        let ownRow = (lane + 0u) / 4u;
-        let ownQuad = (lane + 0u) % 4u;
-        let blockRow = (rowGroup * 1u + 0u) * 16u + ownRow;
-        let row = block.rowStart + blockRow;
-        let column = (share * 2u + 0u) * 16u + 4u * ownQuad;
+        let ownRow = (lane + 0u) / 8u;
+        let ownQuad = (lane + 0u) % 8u;
+        let index = ownRow * 9u + ownQuad;
+        let row = block.rowStart + ((rowGroup * 1u + 0u) * 16u + ownRow);
+        let column = share * 32u + (0u * 2u * 16u + 4u * ownQuad);
         if (row < block.rowEnd && column < params.V) {
-          let factor = rowFactor[blockRow];
-          let result = select(scores[own + ownRow * 5u + ownQuad] * factor, vec4<f32>(), factor == 0.0);
+          let factor = rowFactor[((rowGroup * 1u + 0u) * 16u + ownRow)];
+          let result = select(scores[subgroup][index] * factor, vec4<f32>(), factor == 0.0);
           let offset = params.outputBase + row * params.outputRow + block.rangeItem * params.outputGap + head * params.outputHead;
           if (column < params.V) { output[(offset + column) / 4u] = vec4<f16>(result); }
         }
       }
       {
-        let ownRow = (lane + 32u) / 4u;
-        let ownQuad = (lane + 32u) % 4u;
-        let blockRow = (rowGroup * 1u + 0u) * 16u + ownRow;
-        let row = block.rowStart + blockRow;
-        let column = (share * 2u + 0u) * 16u + 4u * ownQuad;
+        let ownRow = (lane + 32u) / 8u;
+        let ownQuad = (lane + 32u) % 8u;
+        let index = ownRow * 9u + ownQuad;
+        let row = block.rowStart + ((rowGroup * 1u + 0u) * 16u + ownRow);
+        let column = share * 32u + (0u * 2u * 16u + 4u * ownQuad);
         if (row < block.rowEnd && column < params.V) {
-          let factor = rowFactor[blockRow];
-          let result = select(scores[own + ownRow * 5u + ownQuad] * factor, vec4<f32>(), factor == 0.0);
-          let offset = params.outputBase + row * params.outputRow + block.rangeItem * params.outputGap + head * params.outputHead;
-          if (column < params.V) { output[(offset + column) / 4u] = vec4<f16>(result); }
-        }
-      }
-      workgroupBarrier();
-    }
-    {
-      subgroupMatrixStore<row_major>(&scores, own, o0_1, 5u);
-      workgroupBarrier();
-      {
-        let ownRow = (lane + 0u) / 4u;
-        let ownQuad = (lane + 0u) % 4u;
-        let blockRow = (rowGroup * 1u + 0u) * 16u + ownRow;
-        let row = block.rowStart + blockRow;
-        let column = (share * 2u + 1u) * 16u + 4u * ownQuad;
-        if (row < block.rowEnd && column < params.V) {
-          let factor = rowFactor[blockRow];
-          let result = select(scores[own + ownRow * 5u + ownQuad] * factor, vec4<f32>(), factor == 0.0);
+          let factor = rowFactor[((rowGroup * 1u + 0u) * 16u + ownRow)];
+          let result = select(scores[subgroup][index] * factor, vec4<f32>(), factor == 0.0);
           let offset = params.outputBase + row * params.outputRow + block.rangeItem * params.outputGap + head * params.outputHead;
           if (column < params.V) { output[(offset + column) / 4u] = vec4<f16>(result); }
         }
       }
       {
-        let ownRow = (lane + 32u) / 4u;
-        let ownQuad = (lane + 32u) % 4u;
-        let blockRow = (rowGroup * 1u + 0u) * 16u + ownRow;
-        let row = block.rowStart + blockRow;
-        let column = (share * 2u + 1u) * 16u + 4u * ownQuad;
+        let ownRow = (lane + 64u) / 8u;
+        let ownQuad = (lane + 64u) % 8u;
+        let index = ownRow * 9u + ownQuad;
+        let row = block.rowStart + ((rowGroup * 1u + 0u) * 16u + ownRow);
+        let column = share * 32u + (0u * 2u * 16u + 4u * ownQuad);
         if (row < block.rowEnd && column < params.V) {
-          let factor = rowFactor[blockRow];
-          let result = select(scores[own + ownRow * 5u + ownQuad] * factor, vec4<f32>(), factor == 0.0);
+          let factor = rowFactor[((rowGroup * 1u + 0u) * 16u + ownRow)];
+          let result = select(scores[subgroup][index] * factor, vec4<f32>(), factor == 0.0);
+          let offset = params.outputBase + row * params.outputRow + block.rangeItem * params.outputGap + head * params.outputHead;
+          if (column < params.V) { output[(offset + column) / 4u] = vec4<f16>(result); }
+        }
+      }
+      {
+        let ownRow = (lane + 96u) / 8u;
+        let ownQuad = (lane + 96u) % 8u;
+        let index = ownRow * 9u + ownQuad;
+        let row = block.rowStart + ((rowGroup * 1u + 0u) * 16u + ownRow);
+        let column = share * 32u + (0u * 2u * 16u + 4u * ownQuad);
+        if (row < block.rowEnd && column < params.V) {
+          let factor = rowFactor[((rowGroup * 1u + 0u) * 16u + ownRow)];
+          let result = select(scores[subgroup][index] * factor, vec4<f32>(), factor == 0.0);
           let offset = params.outputBase + row * params.outputRow + block.rangeItem * params.outputGap + head * params.outputHead;
           if (column < params.V) { output[(offset + column) / 4u] = vec4<f16>(result); }
         }

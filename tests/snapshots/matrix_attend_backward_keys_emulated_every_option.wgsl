@@ -220,6 +220,14 @@ fn scores_store(offset: u32, stride: u32, result: ResultFragment) {
   scores[at + 1u] = result.c4;
 }
 
+fn scores_storeColumn(offset: u32, stride: u32, result: ResultFragment) {
+  let row = lane / 2u;
+  for (var c = 0u; c < 8u; c += 1u) {
+    let at = offset + (lane % 2u * 8u + c) * stride + row / 4u;
+    scores[at][row % 4u] = select(result.c4[c % 4u], result.c0[c % 4u], c < 4u);
+  }
+}
+
 fn gradients_load(offset: u32, stride: u32) -> ResultFragment {
   let at = offset + lane / 2u * stride + lane % 2u * 2u;
   return ResultFragment(gradients[at], gradients[at + 1u]);
@@ -229,6 +237,14 @@ fn gradients_store(offset: u32, stride: u32, result: ResultFragment) {
   let at = offset + lane / 2u * stride + lane % 2u * 2u;
   gradients[at] = result.c0;
   gradients[at + 1u] = result.c4;
+}
+
+fn gradients_storeColumn(offset: u32, stride: u32, result: ResultFragment) {
+  let row = lane / 2u;
+  for (var c = 0u; c < 8u; c += 1u) {
+    let at = offset + (lane % 2u * 8u + c) * stride + row / 4u;
+    gradients[at][row % 4u] = select(result.c4[c % 4u], result.c0[c % 4u], c < 4u);
+  }
 }
 
 fn probs_left(offset: u32, stride: u32) -> LeftFragment {
@@ -480,12 +496,12 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     workgroupBarrier();
     {
       let quad = loadKey(block.rowStart + round * 32u + (t) / DEPTH_QUADS, block.rowEnd, firstHead, (t) % DEPTH_QUADS);
-      wide[(t) / DEPTH_QUADS * 5u + (t) % DEPTH_QUADS] = quad;
+      wide[((t) / DEPTH_QUADS / 16u) * 80u + (t) / DEPTH_QUADS % 16u * 5u + (t) % DEPTH_QUADS] = quad;
     }
     if (t < 64u) {
       {
         let quad = loadValue(block.rowStart + round * 32u + (t) / VALUE_QUADS, block.rowEnd, firstHead, (t) % VALUE_QUADS);
-        narrow[(t) / VALUE_QUADS * 3u + (t) % VALUE_QUADS] = quad;
+        narrow[((t) / VALUE_QUADS / 16u) * 48u + (t) / VALUE_QUADS % 16u * 3u + (t) % VALUE_QUADS] = quad;
       }
     }
     workgroupBarrier();
@@ -493,7 +509,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
       for (var r = 0u; r < 2u; r += 1u) {
         if ((rowGroup * 2u + r) / 2u == round) {
         for (var d = 0u; d < 2u; d += 1u) {
-            f[r * 2u + d] = wide_left((rowGroup * 2u + r) % 2u * 80u + d * 2u, 5u);
+            f[r * 2u + d] = wide_left(((rowGroup * 2u + r) % 2u) * 80u + d * 2u, 5u);
         }
         }
       }
@@ -501,7 +517,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
       for (var r = 0u; r < 2u; r += 1u) {
         if ((rowGroup * 2u + r) / 2u == round) {
         for (var d = 0u; d < 1u; d += 1u) {
-            f[r * 2u + d] = narrow_left((rowGroup * 2u + r) % 2u * 48u + d * 2u, 3u);
+            f[r * 2u + d] = narrow_left(((rowGroup * 2u + r) % 2u) * 48u + d * 2u, 3u);
         }
         }
       }
@@ -523,9 +539,9 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
       wide0 = finiteHalves(wide0);
       narrow0 = finiteHalves(narrow0);
     }
-    wide[(t) / DEPTH_QUADS * 5u + (t) % DEPTH_QUADS] = wide0;
+    wide[((t) / DEPTH_QUADS / 16u) * 80u + (t) / DEPTH_QUADS % 16u * 5u + (t) % DEPTH_QUADS] = wide0;
     if (t < 64u) {
-      narrow[(t) / VALUE_QUADS * 3u + (t) % VALUE_QUADS] = narrow0;
+      narrow[((t) / VALUE_QUADS / 16u) * 48u + (t) / VALUE_QUADS % 16u * 3u + (t) % VALUE_QUADS] = narrow0;
     }
     if (t < 32u) { columnStats[t] = stat; }
     workgroupBarrier();
@@ -576,11 +592,11 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
       }
     }
     workgroupBarrier();
-    var x0 = scoreOf(scores[softRow * 9u + softPart * 2u + 0u]);
-    var y0 = gradients[softRow * 9u + softPart * 2u + 0u] * ranges.x;
+    var x0 = scoreOf(scores[(softRow / 16u) * 144u + softRow % 16u * 9u + softPart * 2u + 0u]);
+    var y0 = gradients[(softRow / 16u) * 144u + softRow % 16u * 9u + softPart * 2u + 0u] * ranges.x;
     let slope0 = capSlope(x0);
-    var x1 = scoreOf(scores[softRow * 9u + softPart * 2u + 1u]);
-    var y1 = gradients[softRow * 9u + softPart * 2u + 1u] * ranges.x;
+    var x1 = scoreOf(scores[(softRow / 16u) * 144u + softRow % 16u * 9u + softPart * 2u + 1u]);
+    var y1 = gradients[(softRow / 16u) * 144u + softRow % 16u * 9u + softPart * 2u + 1u] * ranges.x;
     let slope1 = capSlope(x1);
     if (masking) {
       let row = i32(block.rowStart + softRow);
@@ -627,15 +643,15 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     y1 = saturated(select(p1 * (y1 - delta1) * slope1 * ranges.y, vec4<f32>(), p1 == vec4<f32>()));
     {
       let packedProbs = packHalves(4096.0 * kept0, 4096.0 * kept1);
-      probs[((softRow / 16u * 2u + (softPart * 2u + 0u) / 4u) * 16u + softRow % 16u) * 2u + (softPart * 2u + 0u) / 2u % 2u] = packedProbs;
+      probs[(softRow / 16u * 2u + (softPart * 2u + 0u) / 4u) * 32u + softRow % 16u * 2u + (softPart * 2u + 0u) / 2u % 2u] = packedProbs;
       let packed = packHalves(y0, y1);
-      slopes[((softRow / 16u * 2u + (softPart * 2u + 0u) / 4u) * 16u + softRow % 16u) * 2u + (softPart * 2u + 0u) / 2u % 2u] = packed;
+      slopes[(softRow / 16u * 2u + (softPart * 2u + 0u) / 4u) * 32u + softRow % 16u * 2u + (softPart * 2u + 0u) / 2u % 2u] = packed;
     }
     workgroupBarrier();
     if (isScore) {
       for (var k = 0u; k < 2u; k += 1u) {
-        let left0 = probs_left(((rowGroup * 2u + 0u) * 2u + k) * 32u, 2u);
-        let left1 = probs_left(((rowGroup * 2u + 1u) * 2u + k) * 32u, 2u);
+        let left0 = probs_left(((rowGroup * 2u + 0u) * 2u + k) * 32u + 0u, 2u);
+        let left1 = probs_left(((rowGroup * 2u + 1u) * 2u + k) * 32u + 0u, 2u);
         for (var c = 0u; c < 1u; c += 1u) {
           let right = k * 48u + min(0u + share * 1u + c, 0u) * 2u;
           g[0u * 1u + c] = narrow_row(left0, right, 3u, g[0u * 1u + c]);
@@ -644,8 +660,8 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
       }
     } else {
       for (var k = 0u; k < 2u; k += 1u) {
-        let left0 = slopes_left(((rowGroup * 2u + 0u) * 2u + k) * 32u, 2u);
-        let left1 = slopes_left(((rowGroup * 2u + 1u) * 2u + k) * 32u, 2u);
+        let left0 = slopes_left(((rowGroup * 2u + 0u) * 2u + k) * 32u + 0u, 2u);
+        let left1 = slopes_left(((rowGroup * 2u + 1u) * 2u + k) * 32u + 0u, 2u);
         for (var c = 0u; c < 1u; c += 1u) {
           let right = k * 80u + min(0u + share * 1u + c, 1u) * 2u;
           g[0u * 1u + c] = wide_row(left0, right, 5u, g[0u * 1u + c]);
@@ -656,14 +672,14 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     workgroupBarrier();
   }
 
-  let own = subgroup * 64u;
+  let own = subgroup % 2u * 64u;
   let keyFactor = params.softmaxScale * ranges.z;
   let valueFactor = ranges.x * 0.000244140625 * params.keptFactor;
   {
     let isWide = false;
     for (var r = 0u; r < 2u; r += 1u) {
       for (var c = 0u; c < 1u; c += 1u) {
-        scores_store(own, 4u, g[r * 1u + c]);
+        scores_store((subgroup / 2u) * 144u + own, 4u, g[r * 1u + c]);
         workgroupBarrier();
         {
           let ownRow = (lane + 0u) / 4u;
@@ -671,7 +687,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
           let row = block.rowStart + (rowGroup * 2u + r) * 16u + ownRow;
           let fragment = 0u + share * 1u + c;
           if (row < block.rowEnd && fragment < 1u && isScore) {
-            putValue(valueFactor, row, firstHead, fragment * 16u + 4u * ownQuad, scores[own + ownRow * 4u + ownQuad]);
+            putValue(valueFactor, row, firstHead, fragment * 16u + 4u * ownQuad, scores[(subgroup / 2u) * 144u + own + ownRow * 4u + ownQuad]);
           }
         }
         {
@@ -680,7 +696,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
           let row = block.rowStart + (rowGroup * 2u + r) * 16u + ownRow;
           let fragment = 0u + share * 1u + c;
           if (row < block.rowEnd && fragment < 1u && isScore) {
-            putValue(valueFactor, row, firstHead, fragment * 16u + 4u * ownQuad, scores[own + ownRow * 4u + ownQuad]);
+            putValue(valueFactor, row, firstHead, fragment * 16u + 4u * ownQuad, scores[(subgroup / 2u) * 144u + own + ownRow * 4u + ownQuad]);
           }
         }
         workgroupBarrier();
@@ -691,7 +707,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     let isWide = !isScore;
     for (var r = 0u; r < 2u; r += 1u) {
       for (var c = 0u; c < 1u; c += 1u) {
-        scores_store(own, 4u, g[r * 1u + c]);
+        scores_store((subgroup / 2u) * 144u + own, 4u, g[r * 1u + c]);
         workgroupBarrier();
         {
           let ownRow = (lane + 0u) / 4u;
@@ -699,7 +715,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
           let row = block.rowStart + (rowGroup * 2u + r) * 16u + ownRow;
           let fragment = 0u + share * 1u + c;
           if (row < block.rowEnd && fragment < 2u && isWide) {
-            putKey(keyFactor, row, firstHead, fragment * 16u + 4u * ownQuad, scores[own + ownRow * 4u + ownQuad]);
+            putKey(keyFactor, row, firstHead, fragment * 16u + 4u * ownQuad, scores[(subgroup / 2u) * 144u + own + ownRow * 4u + ownQuad]);
           }
         }
         {
@@ -708,7 +724,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
           let row = block.rowStart + (rowGroup * 2u + r) * 16u + ownRow;
           let fragment = 0u + share * 1u + c;
           if (row < block.rowEnd && fragment < 2u && isWide) {
-            putKey(keyFactor, row, firstHead, fragment * 16u + 4u * ownQuad, scores[own + ownRow * 4u + ownQuad]);
+            putKey(keyFactor, row, firstHead, fragment * 16u + 4u * ownQuad, scores[(subgroup / 2u) * 144u + own + ownRow * 4u + ownQuad]);
           }
         }
         workgroupBarrier();

@@ -96,11 +96,11 @@ struct Block {
 @group(0) @binding(6) var<storage, read_write> gradient: array<vec4<f32>>;
 
 
-var<workgroup> wide: array<vec4<u32>, 224>;
-var<workgroup> narrow: array<vec4<u32>, 160>;
-var<workgroup> scores: array<vec4<f32>, 288>;
-var<workgroup> gradients: array<vec4<f32>, 288>;
-var<workgroup> slopes: array<vec4<u32>, 128>;
+var<workgroup> wide: array<array<vec4<u32>, 112>, 2>;
+var<workgroup> narrow: array<array<vec4<u32>, 80>, 2>;
+var<workgroup> scores: array<array<vec4<f32>, 144>, 2>;
+var<workgroup> gradients: array<array<vec4<f32>, 144>, 2>;
+var<workgroup> slopes: array<array<vec4<u32>, 32>, 4>;
 
 // Eight halves, rounded to nearest.
 fn packHalves(low: vec4<f32>, high: vec4<f32>) -> vec4<u32> {
@@ -201,43 +201,43 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     workgroupBarrier();
     {
       let quad = loadQuery(block.rowStart + 0u * 32u + (t) / DEPTH_QUADS, block.rowEnd, firstHead, (t) % DEPTH_QUADS);
-      wide[(t) / DEPTH_QUADS * 7u + (t) % DEPTH_QUADS] = quad;
+      wide[((t) / DEPTH_QUADS / 16u)][(t) / DEPTH_QUADS % 16u * 7u + (t) % DEPTH_QUADS] = quad;
     }
     if (t + 128u < 192u) {
       {
         let quad = loadQuery(block.rowStart + 0u * 32u + (t + 128u) / DEPTH_QUADS, block.rowEnd, firstHead, (t + 128u) % DEPTH_QUADS);
-        wide[(t + 128u) / DEPTH_QUADS * 7u + (t + 128u) % DEPTH_QUADS] = quad;
+        wide[((t + 128u) / DEPTH_QUADS / 16u)][(t + 128u) / DEPTH_QUADS % 16u * 7u + (t + 128u) % DEPTH_QUADS] = quad;
       }
     }
     {
       let quad = loadGrad(block.rowStart + 0u * 32u + (t) / VALUE_QUADS, block.rowEnd, firstHead, (t) % VALUE_QUADS);
-      narrow[(t) / VALUE_QUADS * 5u + (t) % VALUE_QUADS] = quad;
+      narrow[((t) / VALUE_QUADS / 16u)][(t) / VALUE_QUADS % 16u * 5u + (t) % VALUE_QUADS] = quad;
     }
     workgroupBarrier();
     if (isScore) {
       {
         if ((rowGroup * 2u + 0u) / 2u == 0u) {
         {
-            f0_0 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&wide, (rowGroup * 2u + 0u) % 2u * 112u + 0u * 2u, 7u);
+            f0_0 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&wide[((rowGroup * 2u + 0u) % 2u)], 0u * 2u, 7u);
         }
         {
-            f0_1 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&wide, (rowGroup * 2u + 0u) % 2u * 112u + 1u * 2u, 7u);
+            f0_1 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&wide[((rowGroup * 2u + 0u) % 2u)], 1u * 2u, 7u);
         }
         {
-            f0_2 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&wide, (rowGroup * 2u + 0u) % 2u * 112u + 2u * 2u, 7u);
+            f0_2 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&wide[((rowGroup * 2u + 0u) % 2u)], 2u * 2u, 7u);
         }
         }
       }
       {
         if ((rowGroup * 2u + 1u) / 2u == 0u) {
         {
-            f1_0 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&wide, (rowGroup * 2u + 1u) % 2u * 112u + 0u * 2u, 7u);
+            f1_0 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&wide[((rowGroup * 2u + 1u) % 2u)], 0u * 2u, 7u);
         }
         {
-            f1_1 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&wide, (rowGroup * 2u + 1u) % 2u * 112u + 1u * 2u, 7u);
+            f1_1 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&wide[((rowGroup * 2u + 1u) % 2u)], 1u * 2u, 7u);
         }
         {
-            f1_2 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&wide, (rowGroup * 2u + 1u) % 2u * 112u + 2u * 2u, 7u);
+            f1_2 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&wide[((rowGroup * 2u + 1u) % 2u)], 2u * 2u, 7u);
         }
         }
       }
@@ -245,20 +245,20 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
       {
         if ((rowGroup * 2u + 0u) / 2u == 0u) {
         {
-            f0_0 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&narrow, (rowGroup * 2u + 0u) % 2u * 80u + 0u * 2u, 5u);
+            f0_0 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&narrow[((rowGroup * 2u + 0u) % 2u)], 0u * 2u, 5u);
         }
         {
-            f0_1 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&narrow, (rowGroup * 2u + 0u) % 2u * 80u + 1u * 2u, 5u);
+            f0_1 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&narrow[((rowGroup * 2u + 0u) % 2u)], 1u * 2u, 5u);
         }
         }
       }
       {
         if ((rowGroup * 2u + 1u) / 2u == 0u) {
         {
-            f1_0 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&narrow, (rowGroup * 2u + 1u) % 2u * 80u + 0u * 2u, 5u);
+            f1_0 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&narrow[((rowGroup * 2u + 1u) % 2u)], 0u * 2u, 5u);
         }
         {
-            f1_1 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&narrow, (rowGroup * 2u + 1u) % 2u * 80u + 1u * 2u, 5u);
+            f1_1 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&narrow[((rowGroup * 2u + 1u) % 2u)], 1u * 2u, 5u);
         }
         }
       }
@@ -280,11 +280,11 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
       wide1 = finiteHalves(wide1);
       narrow0 = finiteHalves(narrow0);
     }
-    wide[(t) / DEPTH_QUADS * 7u + (t) % DEPTH_QUADS] = wide0;
+    wide[((t) / DEPTH_QUADS / 16u)][(t) / DEPTH_QUADS % 16u * 7u + (t) % DEPTH_QUADS] = wide0;
     if (t + 128u < 192u) {
-      wide[(t + 128u) / DEPTH_QUADS * 7u + (t + 128u) % DEPTH_QUADS] = wide1;
+      wide[((t + 128u) / DEPTH_QUADS / 16u)][(t + 128u) / DEPTH_QUADS % 16u * 7u + (t + 128u) % DEPTH_QUADS] = wide1;
     }
-    narrow[(t) / VALUE_QUADS * 5u + (t) % VALUE_QUADS] = narrow0;
+    narrow[((t) / VALUE_QUADS / 16u)][(t) / VALUE_QUADS % 16u * 5u + (t) % VALUE_QUADS] = narrow0;
     workgroupBarrier();
     {
       let next = min(step + 1u, count - 1u);
@@ -308,33 +308,49 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
       }
       {
         {
-          let right = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, col_major>(&wide, (share * 1u + 0u) * 112u + 0u * 2u, 7u);
+          let right = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, col_major>(&wide[(share * 1u + 0u)], 0u * 2u, 7u);
           s0_0 = subgroupMatrixMultiplyAccumulate(f0_0, right, s0_0);
           s1_0 = subgroupMatrixMultiplyAccumulate(f1_0, right, s1_0);
         }
       }
       {
         {
-          let right = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, col_major>(&wide, (share * 1u + 0u) * 112u + 1u * 2u, 7u);
+          let right = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, col_major>(&wide[(share * 1u + 0u)], 1u * 2u, 7u);
           s0_0 = subgroupMatrixMultiplyAccumulate(f0_1, right, s0_0);
           s1_0 = subgroupMatrixMultiplyAccumulate(f1_1, right, s1_0);
         }
       }
       {
         {
-          let right = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, col_major>(&wide, (share * 1u + 0u) * 112u + 2u * 2u, 7u);
+          let right = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, col_major>(&wide[(share * 1u + 0u)], 2u * 2u, 7u);
           s0_0 = subgroupMatrixMultiplyAccumulate(f0_2, right, s0_0);
           s1_0 = subgroupMatrixMultiplyAccumulate(f1_2, right, s1_0);
         }
       }
-      {
-        {
-          subgroupMatrixStore<row_major>(&scores, (rowGroup * 2u + 0u) * 144u + (share * 1u + 0u) * 4u, s0_0, 9u);
+      switch (share) {
+        case 0u: {
+          {
+            {
+              subgroupMatrixStore<row_major>(&scores[(rowGroup * 2u + 0u)], (0u * 1u + 0u) * 4u, s0_0, 9u);
+            }
+          }
+          {
+            {
+              subgroupMatrixStore<row_major>(&scores[(rowGroup * 2u + 1u)], (0u * 1u + 0u) * 4u, s1_0, 9u);
+            }
+          }
         }
-      }
-      {
-        {
-          subgroupMatrixStore<row_major>(&scores, (rowGroup * 2u + 1u) * 144u + (share * 1u + 0u) * 4u, s1_0, 9u);
+        default: {
+          {
+            {
+              subgroupMatrixStore<row_major>(&scores[(rowGroup * 2u + 0u)], (1u * 1u + 0u) * 4u, s0_0, 9u);
+            }
+          }
+          {
+            {
+              subgroupMatrixStore<row_major>(&scores[(rowGroup * 2u + 1u)], (1u * 1u + 0u) * 4u, s1_0, 9u);
+            }
+          }
         }
       }
     } else {
@@ -350,34 +366,50 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
       }
       {
         {
-          let right = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, col_major>(&narrow, (share * 1u + 0u) * 80u + 0u * 2u, 5u);
+          let right = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, col_major>(&narrow[(share * 1u + 0u)], 0u * 2u, 5u);
           s0_0 = subgroupMatrixMultiplyAccumulate(f0_0, right, s0_0);
           s1_0 = subgroupMatrixMultiplyAccumulate(f1_0, right, s1_0);
         }
       }
       {
         {
-          let right = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, col_major>(&narrow, (share * 1u + 0u) * 80u + 1u * 2u, 5u);
+          let right = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, col_major>(&narrow[(share * 1u + 0u)], 1u * 2u, 5u);
           s0_0 = subgroupMatrixMultiplyAccumulate(f0_1, right, s0_0);
           s1_0 = subgroupMatrixMultiplyAccumulate(f1_1, right, s1_0);
         }
       }
-      {
-        {
-          subgroupMatrixStore<row_major>(&gradients, (rowGroup * 2u + 0u) * 144u + (share * 1u + 0u) * 4u, s0_0, 9u);
+      switch (share) {
+        case 0u: {
+          {
+            {
+              subgroupMatrixStore<row_major>(&gradients[(rowGroup * 2u + 0u)], (0u * 1u + 0u) * 4u, s0_0, 9u);
+            }
+          }
+          {
+            {
+              subgroupMatrixStore<row_major>(&gradients[(rowGroup * 2u + 1u)], (0u * 1u + 0u) * 4u, s1_0, 9u);
+            }
+          }
         }
-      }
-      {
-        {
-          subgroupMatrixStore<row_major>(&gradients, (rowGroup * 2u + 1u) * 144u + (share * 1u + 0u) * 4u, s1_0, 9u);
+        default: {
+          {
+            {
+              subgroupMatrixStore<row_major>(&gradients[(rowGroup * 2u + 0u)], (1u * 1u + 0u) * 4u, s0_0, 9u);
+            }
+          }
+          {
+            {
+              subgroupMatrixStore<row_major>(&gradients[(rowGroup * 2u + 1u)], (1u * 1u + 0u) * 4u, s1_0, 9u);
+            }
+          }
         }
       }
     }
     workgroupBarrier();
-    var x0 = scoreOf(scores[softRow * 9u + softPart * 2u + 0u]);
-    var y0 = gradients[softRow * 9u + softPart * 2u + 0u] * ranges.x;
-    var x1 = scoreOf(scores[softRow * 9u + softPart * 2u + 1u]);
-    var y1 = gradients[softRow * 9u + softPart * 2u + 1u] * ranges.x;
+    var x0 = scoreOf(scores[(softRow / 16u)][softRow % 16u * 9u + softPart * 2u + 0u]);
+    var y0 = gradients[(softRow / 16u)][softRow % 16u * 9u + softPart * 2u + 0u] * ranges.x;
+    var x1 = scoreOf(scores[(softRow / 16u)][softRow % 16u * 9u + softPart * 2u + 1u]);
+    var y1 = gradients[(softRow / 16u)][softRow % 16u * 9u + softPart * 2u + 1u] * ranges.x;
     if (masking) {
       let row = i32(block.rowStart + softRow);
       let start = vec4<i32>(row + block.diagonalStart);
@@ -397,59 +429,107 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     y1 = saturated(select(p1 * (y1 - delta1) * ranges.y, vec4<f32>(), p1 == vec4<f32>()));
     {
       let packed = packHalves(y0, y1);
-      slopes[((softRow / 16u * 2u + (softPart * 2u + 0u) / 4u) * 16u + softRow % 16u) * 2u + (softPart * 2u + 0u) / 2u % 2u] = packed;
+      slopes[(softRow / 16u * 2u + (softPart * 2u + 0u) / 4u)][softRow % 16u * 2u + (softPart * 2u + 0u) / 2u % 2u] = packed;
     }
     workgroupBarrier();
     if (isScore) {
-      {
-        let left0 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&slopes, ((rowGroup * 2u + 0u) * 2u + 0u) * 32u, 2u);
-        let left1 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&slopes, ((rowGroup * 2u + 1u) * 2u + 0u) * 32u, 2u);
-        {
-          let right = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, row_major>(&wide, 0u * 112u + min(0u + share * 1u + 0u, 2u) * 2u, 7u);
-          g0_0 = subgroupMatrixMultiplyAccumulate(left0, right, g0_0);
-          g1_0 = subgroupMatrixMultiplyAccumulate(left1, right, g1_0);
+      switch (share) {
+        case 0u: {
+          {
+            let left0 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&slopes[((rowGroup * 2u + 0u) * 2u + 0u)], 0u, 2u);
+            let left1 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&slopes[((rowGroup * 2u + 1u) * 2u + 0u)], 0u, 2u);
+            {
+              let right = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, row_major>(&wide[0u], 0u * 2u, 7u);
+              g0_0 = subgroupMatrixMultiplyAccumulate(left0, right, g0_0);
+              g1_0 = subgroupMatrixMultiplyAccumulate(left1, right, g1_0);
+            }
+          }
+          {
+            let left0 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&slopes[((rowGroup * 2u + 0u) * 2u + 1u)], 0u, 2u);
+            let left1 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&slopes[((rowGroup * 2u + 1u) * 2u + 1u)], 0u, 2u);
+            {
+              let right = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, row_major>(&wide[1u], 0u * 2u, 7u);
+              g0_0 = subgroupMatrixMultiplyAccumulate(left0, right, g0_0);
+              g1_0 = subgroupMatrixMultiplyAccumulate(left1, right, g1_0);
+            }
+          }
         }
-      }
-      {
-        let left0 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&slopes, ((rowGroup * 2u + 0u) * 2u + 1u) * 32u, 2u);
-        let left1 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&slopes, ((rowGroup * 2u + 1u) * 2u + 1u) * 32u, 2u);
-        {
-          let right = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, row_major>(&wide, 1u * 112u + min(0u + share * 1u + 0u, 2u) * 2u, 7u);
-          g0_0 = subgroupMatrixMultiplyAccumulate(left0, right, g0_0);
-          g1_0 = subgroupMatrixMultiplyAccumulate(left1, right, g1_0);
+        default: {
+          {
+            let left0 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&slopes[((rowGroup * 2u + 0u) * 2u + 0u)], 0u, 2u);
+            let left1 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&slopes[((rowGroup * 2u + 1u) * 2u + 0u)], 0u, 2u);
+            {
+              let right = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, row_major>(&wide[0u], 1u * 2u, 7u);
+              g0_0 = subgroupMatrixMultiplyAccumulate(left0, right, g0_0);
+              g1_0 = subgroupMatrixMultiplyAccumulate(left1, right, g1_0);
+            }
+          }
+          {
+            let left0 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&slopes[((rowGroup * 2u + 0u) * 2u + 1u)], 0u, 2u);
+            let left1 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&slopes[((rowGroup * 2u + 1u) * 2u + 1u)], 0u, 2u);
+            {
+              let right = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, row_major>(&wide[1u], 1u * 2u, 7u);
+              g0_0 = subgroupMatrixMultiplyAccumulate(left0, right, g0_0);
+              g1_0 = subgroupMatrixMultiplyAccumulate(left1, right, g1_0);
+            }
+          }
         }
       }
     } else {
-      {
-        let left0 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&slopes, ((rowGroup * 2u + 0u) * 2u + 0u) * 32u, 2u);
-        let left1 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&slopes, ((rowGroup * 2u + 1u) * 2u + 0u) * 32u, 2u);
-        {
-          let right = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, row_major>(&wide, 0u * 112u + min(2u + share * 1u + 0u, 2u) * 2u, 7u);
-          g0_0 = subgroupMatrixMultiplyAccumulate(left0, right, g0_0);
-          g1_0 = subgroupMatrixMultiplyAccumulate(left1, right, g1_0);
+      switch (share) {
+        case 0u: {
+          {
+            let left0 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&slopes[((rowGroup * 2u + 0u) * 2u + 0u)], 0u, 2u);
+            let left1 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&slopes[((rowGroup * 2u + 1u) * 2u + 0u)], 0u, 2u);
+            {
+              let right = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, row_major>(&wide[0u], 2u * 2u, 7u);
+              g0_0 = subgroupMatrixMultiplyAccumulate(left0, right, g0_0);
+              g1_0 = subgroupMatrixMultiplyAccumulate(left1, right, g1_0);
+            }
+          }
+          {
+            let left0 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&slopes[((rowGroup * 2u + 0u) * 2u + 1u)], 0u, 2u);
+            let left1 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&slopes[((rowGroup * 2u + 1u) * 2u + 1u)], 0u, 2u);
+            {
+              let right = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, row_major>(&wide[1u], 2u * 2u, 7u);
+              g0_0 = subgroupMatrixMultiplyAccumulate(left0, right, g0_0);
+              g1_0 = subgroupMatrixMultiplyAccumulate(left1, right, g1_0);
+            }
+          }
         }
-      }
-      {
-        let left0 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&slopes, ((rowGroup * 2u + 0u) * 2u + 1u) * 32u, 2u);
-        let left1 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&slopes, ((rowGroup * 2u + 1u) * 2u + 1u) * 32u, 2u);
-        {
-          let right = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, row_major>(&wide, 1u * 112u + min(2u + share * 1u + 0u, 2u) * 2u, 7u);
-          g0_0 = subgroupMatrixMultiplyAccumulate(left0, right, g0_0);
-          g1_0 = subgroupMatrixMultiplyAccumulate(left1, right, g1_0);
+        default: {
+          {
+            let left0 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&slopes[((rowGroup * 2u + 0u) * 2u + 0u)], 0u, 2u);
+            let left1 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&slopes[((rowGroup * 2u + 1u) * 2u + 0u)], 0u, 2u);
+            {
+              let right = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, row_major>(&wide[0u], 2u * 2u, 7u);
+              g0_0 = subgroupMatrixMultiplyAccumulate(left0, right, g0_0);
+              g1_0 = subgroupMatrixMultiplyAccumulate(left1, right, g1_0);
+            }
+          }
+          {
+            let left0 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&slopes[((rowGroup * 2u + 0u) * 2u + 1u)], 0u, 2u);
+            let left1 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&slopes[((rowGroup * 2u + 1u) * 2u + 1u)], 0u, 2u);
+            {
+              let right = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, row_major>(&wide[1u], 2u * 2u, 7u);
+              g0_0 = subgroupMatrixMultiplyAccumulate(left0, right, g0_0);
+              g1_0 = subgroupMatrixMultiplyAccumulate(left1, right, g1_0);
+            }
+          }
         }
       }
     }
     workgroupBarrier();
   }
 
-  let own = subgroup * 64u;
+  let own = subgroup % 2u * 64u;
   let keyFactor = params.softmaxScale * ranges.z;
 
   {
     let isWide = isScore;
     {
       {
-        subgroupMatrixStore<row_major>(&scores, own, g0_0, 4u);
+        subgroupMatrixStore<row_major>(&scores[(subgroup / 2u)], own, g0_0, 4u);
         workgroupBarrier();
         {
           let ownRow = (lane + 0u) / 4u;
@@ -457,7 +537,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
           let row = block.rowStart + (rowGroup * 2u + 0u) * 16u + ownRow;
           let fragment = 0u + share * 1u + 0u;
           if (row < block.rowEnd && fragment < 3u && isWide) {
-            putKey(keyFactor, row, firstHead, fragment * 16u + 4u * ownQuad, scores[own + ownRow * 4u + ownQuad]);
+            putKey(keyFactor, row, firstHead, fragment * 16u + 4u * ownQuad, scores[(subgroup / 2u)][own + ownRow * 4u + ownQuad]);
           }
         }
         {
@@ -466,7 +546,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
           let row = block.rowStart + (rowGroup * 2u + 0u) * 16u + ownRow;
           let fragment = 0u + share * 1u + 0u;
           if (row < block.rowEnd && fragment < 3u && isWide) {
-            putKey(keyFactor, row, firstHead, fragment * 16u + 4u * ownQuad, scores[own + ownRow * 4u + ownQuad]);
+            putKey(keyFactor, row, firstHead, fragment * 16u + 4u * ownQuad, scores[(subgroup / 2u)][own + ownRow * 4u + ownQuad]);
           }
         }
         workgroupBarrier();
@@ -474,7 +554,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     }
     {
       {
-        subgroupMatrixStore<row_major>(&scores, own, g1_0, 4u);
+        subgroupMatrixStore<row_major>(&scores[(subgroup / 2u)], own, g1_0, 4u);
         workgroupBarrier();
         {
           let ownRow = (lane + 0u) / 4u;
@@ -482,7 +562,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
           let row = block.rowStart + (rowGroup * 2u + 1u) * 16u + ownRow;
           let fragment = 0u + share * 1u + 0u;
           if (row < block.rowEnd && fragment < 3u && isWide) {
-            putKey(keyFactor, row, firstHead, fragment * 16u + 4u * ownQuad, scores[own + ownRow * 4u + ownQuad]);
+            putKey(keyFactor, row, firstHead, fragment * 16u + 4u * ownQuad, scores[(subgroup / 2u)][own + ownRow * 4u + ownQuad]);
           }
         }
         {
@@ -491,7 +571,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
           let row = block.rowStart + (rowGroup * 2u + 1u) * 16u + ownRow;
           let fragment = 0u + share * 1u + 0u;
           if (row < block.rowEnd && fragment < 3u && isWide) {
-            putKey(keyFactor, row, firstHead, fragment * 16u + 4u * ownQuad, scores[own + ownRow * 4u + ownQuad]);
+            putKey(keyFactor, row, firstHead, fragment * 16u + 4u * ownQuad, scores[(subgroup / 2u)][own + ownRow * 4u + ownQuad]);
           }
         }
         workgroupBarrier();
@@ -502,7 +582,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     let isWide = !isScore;
     {
       {
-        subgroupMatrixStore<row_major>(&scores, own, g0_0, 4u);
+        subgroupMatrixStore<row_major>(&scores[(subgroup / 2u)], own, g0_0, 4u);
         workgroupBarrier();
         {
           let ownRow = (lane + 0u) / 4u;
@@ -510,7 +590,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
           let row = block.rowStart + (rowGroup * 2u + 0u) * 16u + ownRow;
           let fragment = 2u + share * 1u + 0u;
           if (row < block.rowEnd && fragment < 3u && isWide) {
-            putKey(keyFactor, row, firstHead, fragment * 16u + 4u * ownQuad, scores[own + ownRow * 4u + ownQuad]);
+            putKey(keyFactor, row, firstHead, fragment * 16u + 4u * ownQuad, scores[(subgroup / 2u)][own + ownRow * 4u + ownQuad]);
           }
         }
         {
@@ -519,7 +599,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
           let row = block.rowStart + (rowGroup * 2u + 0u) * 16u + ownRow;
           let fragment = 2u + share * 1u + 0u;
           if (row < block.rowEnd && fragment < 3u && isWide) {
-            putKey(keyFactor, row, firstHead, fragment * 16u + 4u * ownQuad, scores[own + ownRow * 4u + ownQuad]);
+            putKey(keyFactor, row, firstHead, fragment * 16u + 4u * ownQuad, scores[(subgroup / 2u)][own + ownRow * 4u + ownQuad]);
           }
         }
         workgroupBarrier();
@@ -527,7 +607,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     }
     {
       {
-        subgroupMatrixStore<row_major>(&scores, own, g1_0, 4u);
+        subgroupMatrixStore<row_major>(&scores[(subgroup / 2u)], own, g1_0, 4u);
         workgroupBarrier();
         {
           let ownRow = (lane + 0u) / 4u;
@@ -535,7 +615,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
           let row = block.rowStart + (rowGroup * 2u + 1u) * 16u + ownRow;
           let fragment = 2u + share * 1u + 0u;
           if (row < block.rowEnd && fragment < 3u && isWide) {
-            putKey(keyFactor, row, firstHead, fragment * 16u + 4u * ownQuad, scores[own + ownRow * 4u + ownQuad]);
+            putKey(keyFactor, row, firstHead, fragment * 16u + 4u * ownQuad, scores[(subgroup / 2u)][own + ownRow * 4u + ownQuad]);
           }
         }
         {
@@ -544,7 +624,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
           let row = block.rowStart + (rowGroup * 2u + 1u) * 16u + ownRow;
           let fragment = 2u + share * 1u + 0u;
           if (row < block.rowEnd && fragment < 3u && isWide) {
-            putKey(keyFactor, row, firstHead, fragment * 16u + 4u * ownQuad, scores[own + ownRow * 4u + ownQuad]);
+            putKey(keyFactor, row, firstHead, fragment * 16u + 4u * ownQuad, scores[(subgroup / 2u)][own + ownRow * 4u + ownQuad]);
           }
         }
         workgroupBarrier();

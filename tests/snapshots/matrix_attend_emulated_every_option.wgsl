@@ -7,7 +7,6 @@ const ROPE_QUADS = 2u;
 const DEPTH_QUADS = 4u;
 const KEY_STRIDE = 5u;
 const STORED_VALUE_QUADS = 2u;
-const VALUE_QUADS = 2u;
 const VALUE_STRIDE = 3u;
 const MASKED = -3.4e38;
 const UNSEEN = -3.0e38;
@@ -94,8 +93,8 @@ struct ResultFragment { c0: vec4<f32>, c4: vec4<f32> }
 
 var<private> lane: u32;
 var<workgroup> keys: array<vec4<u32>, 160>;
-var<workgroup> values: array<vec4<u32>, 96>;
-var<workgroup> scores: array<vec4<f32>, 288>;
+var<workgroup> values: array<vec4<u32>, 95>;
+var<workgroup> scores: array<vec4<f32>, 320>;
 var<workgroup> probs: array<vec4<u32>, 128>;
 var<workgroup> exchanged: array<f32, 256>;
 
@@ -213,6 +212,14 @@ fn scores_store(offset: u32, stride: u32, result: ResultFragment) {
   let at = offset + lane / 2u * stride + lane % 2u * 2u;
   scores[at] = result.c0;
   scores[at + 1u] = result.c4;
+}
+
+fn scores_storeColumn(offset: u32, stride: u32, result: ResultFragment) {
+  let row = lane / 2u;
+  for (var c = 0u; c < 8u; c += 1u) {
+    let at = offset + (lane % 2u * 8u + c) * stride + row / 4u;
+    scores[at][row % 4u] = select(result.c4[c % 4u], result.c0[c % 4u], c < 4u);
+  }
 }
 
 fn probs_left(offset: u32, stride: u32) -> LeftFragment {
@@ -353,28 +360,14 @@ fn loadQuery4(block: Block, head: u32, row: u32, at: u32) -> vec4<f32> {
   return vec4<f32>();
 }
 
-fn loadQuery(block: Block, head: u32, firstRow: u32, piece: u32) -> vec4<u32> {
-  let row = block.rowStart + firstRow + piece / DEPTH_QUADS;
-  let at = piece % DEPTH_QUADS * 8u;
+fn loadQuery(block: Block, head: u32, firstRow: u32, quad: u32) -> vec4<u32> {
+  let row = block.rowStart + firstRow;
+  let at = quad * 8u;
   return packHalves(saturated(loadQuery4(block, head, row, at)), saturated(loadQuery4(block, head, row, at + 4u)));
 }
 
-// Here loads inside of a branch are the faster ones, unlike in the other kernels: 0.52 ms where clamped rows took 0.55, at
-// 16 heads and 4,096 tokens on an H100.
-fn loadKey(block: Block, kvHead: u32, keyBase: u32, piece: u32) -> vec4<u32> {
-  let row = keyBase + piece / DEPTH_QUADS;
-  let at = piece % DEPTH_QUADS;
-  if (row >= block.columnEnd) { return vec4<u32>(); }
-  let rope = params.ropeKeyBase / 8u + row * ROPE_QUADS + at - NOPE_QUADS;
-  return expanded[select(rope, (row * params.groupKvHeads + kvHead) * NOPE_QUADS + at, at < NOPE_QUADS)];
-}
-
-fn loadValue(block: Block, kvHead: u32, keyBase: u32, piece: u32) -> vec4<u32> {
-  let row = keyBase + piece / VALUE_QUADS;
-  let at = piece % VALUE_QUADS;
-  if (row >= block.columnEnd || at >= STORED_VALUE_QUADS) { return vec4<u32>(); }
-  return expanded[params.valuesBase / 8u + (row * params.groupKvHeads + kvHead) * STORED_VALUE_QUADS + at];
-}
+// Past the last key stands the last one again: its scores are masked, and its values are multiplied by 0.
+fn rowWithin(row: u32, block: Block) -> u32 { return min(row, max(block.columnEnd, 1u) - 1u); }
 
 @compute @workgroup_size(64)
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) t: u32) {
@@ -387,6 +380,8 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
   let share = subgroup % 1u;
   let softRow = t / 2u;
   let softPart = t % 2u;
+  let stageRow = t / 2u;
+  let stageQuad = t % 2u;
   let origin = block.item * params.keyLength; // first key row of the batch item
   let position = params.firstRow - block.item * params.queryLength; // of row 0 in the batch item, modulo 2^32
   let count = (block.columnEnd - block.columnStart + BLOCK_K - 1u) / BLOCK_K;
@@ -397,106 +392,108 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
   var q: array<LeftFragment, 2>;
   var s: array<ResultFragment, 2>;
   var o: array<ResultFragment, 1>;
+  var query0 = vec4<u32>();
   var key0 = vec4<u32>();
+  var query1 = vec4<u32>();
   var key1 = vec4<u32>();
   var value0 = vec4<u32>();
 
   if (t == 0u) { rescale = vec4<u32>(); }
+  query0 = loadQuery(block, head, 0u * BLOCK_K + stageRow, stageQuad);
+  query1 = loadQuery(block, head, 0u * BLOCK_K + stageRow, stageQuad + 2u);
   for (var round = 0u; round < 1u; round += 1u) {
     workgroupBarrier();
-    {
-      let packed = loadQuery(block, head, round * 32u, t);
-      keys[(t) / DEPTH_QUADS * KEY_STRIDE + (t) % DEPTH_QUADS] = packed;
-    }
-    {
-      let packed = loadQuery(block, head, round * 32u, t + 64u);
-      keys[(t + 64u) / DEPTH_QUADS * KEY_STRIDE + (t + 64u) % DEPTH_QUADS] = packed;
-    }
+    keys[(stageRow / 16u) * 80u + stageRow % 16u * KEY_STRIDE + stageQuad] = query0;
+    keys[(stageRow / 16u) * 80u + stageRow % 16u * KEY_STRIDE + stageQuad + 2u] = query1;
     workgroupBarrier();
+
     for (var r = 0u; r < 1u; r += 1u) {
       if ((rowGroup * 1u + r) / 2u == round) {
-      for (var d = 0u; d < 2u; d += 1u) {
-          q[r * 2u + d] = keys_left((rowGroup * 1u + r) % 2u * 80u + d * 2u, 5u);
-      }
+        for (var d = 0u; d < 2u; d += 1u) {
+          q[r * 2u + d] = keys_left(((rowGroup * 1u + r) % 2u) * 80u + d * 2u, 5u);
+        }
       }
     }
   }
   workgroupBarrier();
-  key0 = loadKey(block, kvHead, lastBase, t);
-  key1 = loadKey(block, kvHead, lastBase, t + 64u);
-  keys[(t) / DEPTH_QUADS * KEY_STRIDE + (t) % DEPTH_QUADS] = key0;
-  keys[(t + 64u) / DEPTH_QUADS * KEY_STRIDE + (t + 64u) % DEPTH_QUADS] = key1;
+  {
+    let row = rowWithin(lastBase + stageRow, block);
+    let nope = (row * params.groupKvHeads + kvHead) * NOPE_QUADS;
+    let rope = params.ropeKeyBase / 8u + row * ROPE_QUADS - NOPE_QUADS;
+    key0 = expanded[nope + stageQuad];
+    key1 = expanded[rope + stageQuad + 2u];
+  }
+  keys[(stageRow / 16u) * 80u + stageRow % 16u * KEY_STRIDE + stageQuad] = key0;
+  keys[(stageRow / 16u) * 80u + stageRow % 16u * KEY_STRIDE + stageQuad + 2u] = key1;
   // The first round of outputs adds zeros.
-  {
-    let zero = vec4<u32>();
-    probs[t] = zero;
+  let zero = vec4<u32>();
+  for (var i = t; i < 128u; i += 64u) {
+    probs[(i / 32u) * 32u + i % 32u] = zero;
   }
-  {
-    let zero = vec4<u32>();
-    probs[t + 64u] = zero;
-  }
-  {
-    let zero = vec4<u32>();
-    values[t] = zero;
-  }
-  if (t + 64u < 96u) {
-    {
-      let zero = vec4<u32>();
-      values[t + 64u] = zero;
-    }
-  }
-  workgroupBarrier();
-  key0 = loadKey(block, kvHead, lastBase - BLOCK_K, t);
-  key1 = loadKey(block, kvHead, lastBase - BLOCK_K, t + 64u);
-  value0 = loadValue(block, kvHead, lastBase, t);
-  for (var d = 0u; d < 2u; d += 1u) {
-    for (var k = 0u; k < 2u; k += 1u) {
-      let key = (share * 2u + k) * 80u + d * 2u;
-      for (var r = 0u; r < 1u; r += 1u) {
-        s[r * 2u + k] = keys_column(q[r * 2u + d], key, 5u, s[r * 2u + k]);
-      }
-    }
+  for (var i = t; i < 95u; i += 64u) {
+    values[(i / 95u) * 95u + i % 95u] = zero;
   }
   workgroupBarrier();
 
-  var next = 0u; // the block whose scores are in registers; the outputs of the one before are still to be summed
+  var next = 0u; // the block to be scored; the outputs of the one before are still to be summed
   var finished = false;
   loop {
     loop {
+      let keyBase = lastBase - next * BLOCK_K;
+      {
+        let row = rowWithin(keyBase - BLOCK_K + stageRow, block);
+        let nope = (row * params.groupKvHeads + kvHead) * NOPE_QUADS;
+        let rope = params.ropeKeyBase / 8u + row * ROPE_QUADS - NOPE_QUADS;
+        key0 = expanded[nope + stageQuad];
+        key1 = expanded[rope + stageQuad + 2u];
+      }
+      {
+        let row = rowWithin(keyBase + stageRow, block);
+        let start = params.valuesBase / 8u + (row * params.groupKvHeads + kvHead) * STORED_VALUE_QUADS;
+        value0 = expanded[start + stageQuad];
+      }
       for (var r = 0u; r < 1u; r += 1u) {
         for (var k = 0u; k < 2u; k += 1u) {
-          scores_store((rowGroup * 1u + r) * 144u + (share * 2u + k) * 4u, 9u, s[r * 2u + k]);
+          s[r * 2u + k] = ResultFragment();
         }
       }
       for (var k = 0u; k < 2u; k += 1u) {
-        let prob0 = probs_left(((rowGroup * 1u + 0u) * 2u + k) * 32u, 2u);
+        let prob0 = probs_left(((rowGroup * 1u + 0u) * 2u + k) * 32u + 0u, 2u);
         for (var c = 0u; c < 1u; c += 1u) {
-          let value = k * 48u + (share * 1u + c) * 2u;
+          let value = share * 95u + k * 48u + c * 2u;
           o[0u * 1u + c] = values_row(prob0, value, 3u, o[0u * 1u + c]);
+        }
+      }
+      for (var d = 0u; d < 2u; d += 1u) {
+        for (var k = 0u; k < 2u; k += 1u) {
+          let key = (share * 2u + k) * 80u + d * 2u;
+          for (var r = 0u; r < 1u; r += 1u) {
+            s[r * 2u + k] = keys_column(q[r * 2u + d], key, 5u, s[r * 2u + k]);
+          }
         }
       }
       if (next >= count) {
         finished = true;
         break;
       }
-      let keyBase = lastBase - next * BLOCK_K;
-      keys[(t) / DEPTH_QUADS * KEY_STRIDE + (t) % DEPTH_QUADS] = key0;
-      keys[(t + 64u) / DEPTH_QUADS * KEY_STRIDE + (t + 64u) % DEPTH_QUADS] = key1;
-      key0 = loadKey(block, kvHead, keyBase - 2u * BLOCK_K, t);
-      key1 = loadKey(block, kvHead, keyBase - 2u * BLOCK_K, t + 64u);
+      for (var r = 0u; r < 1u; r += 1u) {
+        for (var k = 0u; k < 2u; k += 1u) {
+          scores_storeColumn(subgroup * 160u + k * 80u + r * 4u, 5u, s[r * 2u + k]);
+        }
+      }
       workgroupBarrier();
 
       let masking = true;
-      var x0 = scoreOf(scores[softRow * 9u + softPart * 4u + 0u]);
-      var x1 = scoreOf(scores[softRow * 9u + softPart * 4u + 1u]);
-      var x2 = scoreOf(scores[softRow * 9u + softPart * 4u + 2u]);
-      var x3 = scoreOf(scores[softRow * 9u + softPart * 4u + 3u]);
+      var x0 = scoreOf(vec4<f32>(scores[(softRow / 16u * 1u + 0u) * 160u + (4u * ((0u + softPart) % 8u) + 0u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 0u) * 160u + (4u * ((0u + softPart) % 8u) + 1u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 0u) * 160u + (4u * ((0u + softPart) % 8u) + 2u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 0u) * 160u + (4u * ((0u + softPart) % 8u) + 3u) * 5u + softRow % 16u / 4u][softRow % 4u]));
+      var x1 = scoreOf(vec4<f32>(scores[(softRow / 16u * 1u + 0u) * 160u + (4u * ((2u + softPart) % 8u) + 0u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 0u) * 160u + (4u * ((2u + softPart) % 8u) + 1u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 0u) * 160u + (4u * ((2u + softPart) % 8u) + 2u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 0u) * 160u + (4u * ((2u + softPart) % 8u) + 3u) * 5u + softRow % 16u / 4u][softRow % 4u]));
+      var x2 = scoreOf(vec4<f32>(scores[(softRow / 16u * 1u + 0u) * 160u + (4u * ((4u + softPart) % 8u) + 0u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 0u) * 160u + (4u * ((4u + softPart) % 8u) + 1u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 0u) * 160u + (4u * ((4u + softPart) % 8u) + 2u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 0u) * 160u + (4u * ((4u + softPart) % 8u) + 3u) * 5u + softRow % 16u / 4u][softRow % 4u]));
+      var x3 = scoreOf(vec4<f32>(scores[(softRow / 16u * 1u + 0u) * 160u + (4u * ((6u + softPart) % 8u) + 0u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 0u) * 160u + (4u * ((6u + softPart) % 8u) + 1u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 0u) * 160u + (4u * ((6u + softPart) % 8u) + 2u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 0u) * 160u + (4u * ((6u + softPart) % 8u) + 3u) * 5u + softRow % 16u / 4u][softRow % 4u]));
       if (masking) {
         let row = i32(block.rowStart + softRow);
         let end = vec4<i32>(min(row + block.diagonalEnd, i32(block.columnEnd)));
         let start = vec4<i32>(row + block.diagonalStart);
         {
-          let key = vec4<i32>(i32(keyBase + 4u * (softPart * 4u + 0u))) + vec4<i32>(0, 1, 2, 3);
+          let key = vec4<i32>(i32(keyBase + 4u * (0u + softPart))) + vec4<i32>(0, 1, 2, 3);
           let seen = (key < end) & (key >= start);
           if (seen[0] && row < i32(block.rowEnd)) { x0[0] = withTerm(x0[0], block.item, head, position + u32(row), u32(key[0]) - origin); } else { x0[0] = MASKED; }
           if (seen[1] && row < i32(block.rowEnd)) { x0[1] = withTerm(x0[1], block.item, head, position + u32(row), u32(key[1]) - origin); } else { x0[1] = MASKED; }
@@ -504,7 +501,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
           if (seen[3] && row < i32(block.rowEnd)) { x0[3] = withTerm(x0[3], block.item, head, position + u32(row), u32(key[3]) - origin); } else { x0[3] = MASKED; }
         }
         {
-          let key = vec4<i32>(i32(keyBase + 4u * (softPart * 4u + 1u))) + vec4<i32>(0, 1, 2, 3);
+          let key = vec4<i32>(i32(keyBase + 4u * (2u + softPart))) + vec4<i32>(0, 1, 2, 3);
           let seen = (key < end) & (key >= start);
           if (seen[0] && row < i32(block.rowEnd)) { x1[0] = withTerm(x1[0], block.item, head, position + u32(row), u32(key[0]) - origin); } else { x1[0] = MASKED; }
           if (seen[1] && row < i32(block.rowEnd)) { x1[1] = withTerm(x1[1], block.item, head, position + u32(row), u32(key[1]) - origin); } else { x1[1] = MASKED; }
@@ -512,7 +509,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
           if (seen[3] && row < i32(block.rowEnd)) { x1[3] = withTerm(x1[3], block.item, head, position + u32(row), u32(key[3]) - origin); } else { x1[3] = MASKED; }
         }
         {
-          let key = vec4<i32>(i32(keyBase + 4u * (softPart * 4u + 2u))) + vec4<i32>(0, 1, 2, 3);
+          let key = vec4<i32>(i32(keyBase + 4u * (4u + softPart))) + vec4<i32>(0, 1, 2, 3);
           let seen = (key < end) & (key >= start);
           if (seen[0] && row < i32(block.rowEnd)) { x2[0] = withTerm(x2[0], block.item, head, position + u32(row), u32(key[0]) - origin); } else { x2[0] = MASKED; }
           if (seen[1] && row < i32(block.rowEnd)) { x2[1] = withTerm(x2[1], block.item, head, position + u32(row), u32(key[1]) - origin); } else { x2[1] = MASKED; }
@@ -520,7 +517,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
           if (seen[3] && row < i32(block.rowEnd)) { x2[3] = withTerm(x2[3], block.item, head, position + u32(row), u32(key[3]) - origin); } else { x2[3] = MASKED; }
         }
         {
-          let key = vec4<i32>(i32(keyBase + 4u * (softPart * 4u + 3u))) + vec4<i32>(0, 1, 2, 3);
+          let key = vec4<i32>(i32(keyBase + 4u * (6u + softPart))) + vec4<i32>(0, 1, 2, 3);
           let seen = (key < end) & (key >= start);
           if (seen[0] && row < i32(block.rowEnd)) { x3[0] = withTerm(x3[0], block.item, head, position + u32(row), u32(key[0]) - origin); } else { x3[0] = MASKED; }
           if (seen[1] && row < i32(block.rowEnd)) { x3[1] = withTerm(x3[1], block.item, head, position + u32(row), u32(key[1]) - origin); } else { x3[1] = MASKED; }
@@ -558,73 +555,74 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
       rowSum += (p1.x + p1.y) + (p1.z + p1.w);
       rowSum += (p2.x + p2.y) + (p2.z + p2.w);
       rowSum += (p3.x + p3.y) + (p3.z + p3.w);
-      p0[0] = select(0.0, p0[0], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (softPart * 4u + 0u) + 0u - origin) > 0.0);
-      p0[1] = select(0.0, p0[1], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (softPart * 4u + 0u) + 1u - origin) > 0.0);
-      p0[2] = select(0.0, p0[2], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (softPart * 4u + 0u) + 2u - origin) > 0.0);
-      p0[3] = select(0.0, p0[3], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (softPart * 4u + 0u) + 3u - origin) > 0.0);
-      p1[0] = select(0.0, p1[0], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (softPart * 4u + 1u) + 0u - origin) > 0.0);
-      p1[1] = select(0.0, p1[1], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (softPart * 4u + 1u) + 1u - origin) > 0.0);
-      p1[2] = select(0.0, p1[2], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (softPart * 4u + 1u) + 2u - origin) > 0.0);
-      p1[3] = select(0.0, p1[3], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (softPart * 4u + 1u) + 3u - origin) > 0.0);
-      p2[0] = select(0.0, p2[0], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (softPart * 4u + 2u) + 0u - origin) > 0.0);
-      p2[1] = select(0.0, p2[1], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (softPart * 4u + 2u) + 1u - origin) > 0.0);
-      p2[2] = select(0.0, p2[2], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (softPart * 4u + 2u) + 2u - origin) > 0.0);
-      p2[3] = select(0.0, p2[3], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (softPart * 4u + 2u) + 3u - origin) > 0.0);
-      p3[0] = select(0.0, p3[0], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (softPart * 4u + 3u) + 0u - origin) > 0.0);
-      p3[1] = select(0.0, p3[1], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (softPart * 4u + 3u) + 1u - origin) > 0.0);
-      p3[2] = select(0.0, p3[2], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (softPart * 4u + 3u) + 2u - origin) > 0.0);
-      p3[3] = select(0.0, p3[3], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (softPart * 4u + 3u) + 3u - origin) > 0.0);
+      p0[0] = select(0.0, p0[0], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (0u + softPart) + 0u - origin) > 0.0);
+      p0[1] = select(0.0, p0[1], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (0u + softPart) + 1u - origin) > 0.0);
+      p0[2] = select(0.0, p0[2], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (0u + softPart) + 2u - origin) > 0.0);
+      p0[3] = select(0.0, p0[3], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (0u + softPart) + 3u - origin) > 0.0);
+      p1[0] = select(0.0, p1[0], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (2u + softPart) + 0u - origin) > 0.0);
+      p1[1] = select(0.0, p1[1], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (2u + softPart) + 1u - origin) > 0.0);
+      p1[2] = select(0.0, p1[2], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (2u + softPart) + 2u - origin) > 0.0);
+      p1[3] = select(0.0, p1[3], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (2u + softPart) + 3u - origin) > 0.0);
+      p2[0] = select(0.0, p2[0], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (4u + softPart) + 0u - origin) > 0.0);
+      p2[1] = select(0.0, p2[1], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (4u + softPart) + 1u - origin) > 0.0);
+      p2[2] = select(0.0, p2[2], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (4u + softPart) + 2u - origin) > 0.0);
+      p2[3] = select(0.0, p2[3], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (4u + softPart) + 3u - origin) > 0.0);
+      p3[0] = select(0.0, p3[0], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (6u + softPart) + 0u - origin) > 0.0);
+      p3[1] = select(0.0, p3[1], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (6u + softPart) + 1u - origin) > 0.0);
+      p3[2] = select(0.0, p3[2], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (6u + softPart) + 2u - origin) > 0.0);
+      p3[3] = select(0.0, p3[3], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (6u + softPart) + 3u - origin) > 0.0);
       {
-        let packed = packHalves(p0, p1);
-        probs[((softRow / 16u * 2u + (softPart * 4u + 0u) / 4u) * 16u + softRow % 16u) * 2u + ((softPart * 4u + 0u) / 2u) % 2u] = packed;
+        let quad = (softRow / 16u * 2u + (0u + softPart) / 4u) * 32u + (softRow % 16u * 4u + (0u + softPart) % 4u) / 2u;
+        probs[quad][2u * ((softRow % 16u * 4u + (0u + softPart) % 4u) % 2u)] = pack2x16float(p0.xy);
+        probs[quad][2u * ((softRow % 16u * 4u + (0u + softPart) % 4u) % 2u) + 1u] = pack2x16float(p0.zw);
       }
       {
-        let packed = packHalves(p2, p3);
-        probs[((softRow / 16u * 2u + (softPart * 4u + 2u) / 4u) * 16u + softRow % 16u) * 2u + ((softPart * 4u + 2u) / 2u) % 2u] = packed;
+        let quad = (softRow / 16u * 2u + (2u + softPart) / 4u) * 32u + (softRow % 16u * 4u + (2u + softPart) % 4u) / 2u;
+        probs[quad][2u * ((softRow % 16u * 4u + (2u + softPart) % 4u) % 2u)] = pack2x16float(p1.xy);
+        probs[quad][2u * ((softRow % 16u * 4u + (2u + softPart) % 4u) % 2u) + 1u] = pack2x16float(p1.zw);
       }
-      for (var r = 0u; r < 1u; r += 1u) {
-        for (var k = 0u; k < 2u; k += 1u) {
-          s[r * 2u + k] = ResultFragment();
-        }
+      {
+        let quad = (softRow / 16u * 2u + (4u + softPart) / 4u) * 32u + (softRow % 16u * 4u + (4u + softPart) % 4u) / 2u;
+        probs[quad][2u * ((softRow % 16u * 4u + (4u + softPart) % 4u) % 2u)] = pack2x16float(p2.xy);
+        probs[quad][2u * ((softRow % 16u * 4u + (4u + softPart) % 4u) % 2u) + 1u] = pack2x16float(p2.zw);
       }
-      for (var d = 0u; d < 2u; d += 1u) {
-        for (var k = 0u; k < 2u; k += 1u) {
-          let key = (share * 2u + k) * 80u + d * 2u;
-          for (var r = 0u; r < 1u; r += 1u) {
-            s[r * 2u + k] = keys_column(q[r * 2u + d], key, 5u, s[r * 2u + k]);
-          }
-        }
+      {
+        let quad = (softRow / 16u * 2u + (6u + softPart) / 4u) * 32u + (softRow % 16u * 4u + (6u + softPart) % 4u) / 2u;
+        probs[quad][2u * ((softRow % 16u * 4u + (6u + softPart) % 4u) % 2u)] = pack2x16float(p3.xy);
+        probs[quad][2u * ((softRow % 16u * 4u + (6u + softPart) % 4u) % 2u) + 1u] = pack2x16float(p3.zw);
       }
       if (masking) {
         value0 = finiteHalves(value0);
       }
-      values[(t) / VALUE_QUADS * VALUE_STRIDE + (t) % VALUE_QUADS] = value0;
-      value0 = loadValue(block, kvHead, keyBase - BLOCK_K, t);
+      values[0u * 95u + stageRow * VALUE_STRIDE + stageQuad - 0u] = value0;
+      keys[(stageRow / 16u) * 80u + stageRow % 16u * KEY_STRIDE + stageQuad] = key0;
+      keys[(stageRow / 16u) * 80u + stageRow % 16u * KEY_STRIDE + stageQuad + 2u] = key1;
       next += 1u;
       if (workgroupUniformLoad(&rescale).x != 0u) { break; }
     }
     if (finished) { break; }
     // The scores are consumed, and their memory is free.
     if (t == 0u) { rescale = vec4<u32>(); }
-    let own = subgroup * 80u;
     for (var r = 0u; r < 1u; r += 1u) {
       for (var c = 0u; c < 1u; c += 1u) {
-        scores_store(own, 5u, o[r * 1u + c]);
+        scores_store(subgroup * 160u + 0u, 5u, o[r * 1u + (c * 1u + 0u)]);
         workgroupBarrier();
         {
           let ownRow = (lane + 0u) / 4u;
           let ownQuad = (lane + 0u) % 4u;
-          let scaled = scores[own + ownRow * 5u + ownQuad] * rowFactor[(rowGroup * 1u + r) * 16u + ownRow];
-          scores[own + ownRow * 5u + ownQuad] = scaled;
+          let index = ownRow * 5u + ownQuad;
+          let scaled = scores[subgroup * 160u + index] * rowFactor[((rowGroup * 1u + r) * 16u + ownRow)];
+          scores[subgroup * 160u + index] = scaled;
         }
         {
           let ownRow = (lane + 32u) / 4u;
           let ownQuad = (lane + 32u) % 4u;
-          let scaled = scores[own + ownRow * 5u + ownQuad] * rowFactor[(rowGroup * 1u + r) * 16u + ownRow];
-          scores[own + ownRow * 5u + ownQuad] = scaled;
+          let index = ownRow * 5u + ownQuad;
+          let scaled = scores[subgroup * 160u + index] * rowFactor[((rowGroup * 1u + r) * 16u + ownRow)];
+          scores[subgroup * 160u + index] = scaled;
         }
         workgroupBarrier();
-        o[r * 1u + c] = scores_load(own, 5u);
+        o[r * 1u + (c * 1u + 0u)] = scores_load(subgroup * 160u + 0u, 5u);
         workgroupBarrier();
       }
     }
@@ -644,20 +642,19 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
 
   }
   workgroupBarrier();
-  let own = subgroup * 80u;
   for (var r = 0u; r < 1u; r += 1u) {
     for (var c = 0u; c < 1u; c += 1u) {
-      scores_store(own, 5u, o[r * 1u + c]);
+      scores_store(subgroup * 160u + 0u, 5u, o[r * 1u + (c * 1u + 0u)]);
       workgroupBarrier();
       {
         let ownRow = (lane + 0u) / 4u;
         let ownQuad = (lane + 0u) % 4u;
-        let blockRow = (rowGroup * 1u + r) * 16u + ownRow;
-        let row = block.rowStart + blockRow;
-        let column = (share * 1u + c) * 16u + 4u * ownQuad;
+        let index = ownRow * 5u + ownQuad;
+        let row = block.rowStart + ((rowGroup * 1u + r) * 16u + ownRow);
+        let column = share * 16u + (c * 1u * 16u + 4u * ownQuad);
         if (row < block.rowEnd && column < params.V) {
-          let factor = rowFactor[blockRow];
-          let result = select(scores[own + ownRow * 5u + ownQuad] * factor, vec4<f32>(), factor == 0.0);
+          let factor = rowFactor[((rowGroup * 1u + r) * 16u + ownRow)];
+          let result = select(scores[subgroup * 160u + index] * factor, vec4<f32>(), factor == 0.0);
           let offset = params.outputBase + row * params.outputRow + block.rangeItem * params.outputGap + head * params.outputHead;
           if (column + 0u < params.V) { output[offset + column + 0u] = result[0]; }
           if (column + 1u < params.V) { output[offset + column + 1u] = result[1]; }
@@ -668,12 +665,12 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
       {
         let ownRow = (lane + 32u) / 4u;
         let ownQuad = (lane + 32u) % 4u;
-        let blockRow = (rowGroup * 1u + r) * 16u + ownRow;
-        let row = block.rowStart + blockRow;
-        let column = (share * 1u + c) * 16u + 4u * ownQuad;
+        let index = ownRow * 5u + ownQuad;
+        let row = block.rowStart + ((rowGroup * 1u + r) * 16u + ownRow);
+        let column = share * 16u + (c * 1u * 16u + 4u * ownQuad);
         if (row < block.rowEnd && column < params.V) {
-          let factor = rowFactor[blockRow];
-          let result = select(scores[own + ownRow * 5u + ownQuad] * factor, vec4<f32>(), factor == 0.0);
+          let factor = rowFactor[((rowGroup * 1u + r) * 16u + ownRow)];
+          let result = select(scores[subgroup * 160u + index] * factor, vec4<f32>(), factor == 0.0);
           let offset = params.outputBase + row * params.outputRow + block.rangeItem * params.outputGap + head * params.outputHead;
           if (column + 0u < params.V) { output[offset + column + 0u] = result[0]; }
           if (column + 1u < params.V) { output[offset + column + 1u] = result[1]; }

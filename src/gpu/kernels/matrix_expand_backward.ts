@@ -218,7 +218,9 @@ ${indent(load("0u"), 2)}
   for (var slice = 0u; slice < slices; slice += 1u) {
 ${indent(store, 4)}
     workgroupBarrier();
-${indent(load("(slice + 1u)"), 4)}
+    if (slice + 1u < slices) { // a branch for the driver's sake: see matrix_expand.ts
+${indent(load("(slice + 1u)"), 6)}
+    }
 ${indent(multiply, 4)}
     workgroupBarrier();
   }
