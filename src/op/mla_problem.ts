@@ -92,9 +92,9 @@ export interface MlaMathOptions {
   /**
    * With `"f16"`, tensors of float32 and bfloat16 may be rounded to halves as they are multiplied, so that matrix units can
    * serve them; sums and softmax stay float32, and the result keeps its element type. What is lost there: the result has a
-   * relative error of about 5e-4, more where scores are in the hundreds, whose rounding shows in the probabilities; and
-   * what passes ±65,504 becomes that. It is leave, not an order: plain kernels, and so every device without matrix units,
-   * stay exact, and the platform `reference` takes no notice. Default `"f32"`.
+   * relative error of about 5e-4, more where scores are large (2e-3 at a standard deviation of 30), since what is rounded
+   * off a score shows in its probability; and what passes ±65,504 becomes that. It is leave, not an order: plain kernels,
+   * and so every device without matrix units, stay exact, and the platform `reference` takes no notice. Default `"f32"`.
    */
   readonly precision?: "f32" | "f16";
 }
