@@ -213,6 +213,11 @@ export class MlaDecode extends Kernel<MlaDecodeCall, DecodeConfig, AnyTensor> {
     return target.candidateCfgs(problem);
   }
 
+  /** The first candidate on plain kernels, as for `FlashMLA`. */
+  override baselineCfg(invocation: Invocation<MlaDecodeCall>): DecodeConfig {
+    return this.candidateCfgs(invocation).find(({ matrixUnits }) => !matrixUnits) ?? this.heuristicCfg(invocation);
+  }
+
   /** Makes a candidate ready on the call's own tensors. */
   override trial(invocation: Invocation<MlaDecodeCall>, cfg: DecodeConfig): Promise<MlaTrial> {
     const { problem, target, inputs } = prepared(invocation);

@@ -250,6 +250,11 @@ export class FlashMLA extends Kernel<MlaCall, FlashMLAConfig, AnyTensor, Attenti
     return target.candidateCfgs(problem);
   }
 
+  /** The first candidate on plain kernels: a device that miscomputes on its matrix units does so in all that use them. */
+  override baselineCfg(invocation: Invocation<MlaCall>): FlashMLAConfig {
+    return this.candidateCfgs(invocation).find(({ matrixUnits }) => !matrixUnits) ?? this.heuristicCfg(invocation);
+  }
+
   /** Compiles a candidate and uploads the call's own inputs. A caller's output tensor is left alone. */
   override trial(
     invocation: Invocation<MlaCall>,
@@ -265,19 +270,33 @@ export class FlashMLA extends Kernel<MlaCall, FlashMLAConfig, AnyTensor, Attenti
     return prepared(invocation).target.probe();
   }
 
-  /** Compares outputs by ‖candidate − best‖ / ‖best‖; non-finite elements must stand in the same places. */
-  override compare(candidate: AnyTensor, best: AnyTensor, invocation?: Invocation<MlaCall>): OutputCheck {
-    return outputsAgree(candidate, best, invocation && prepared(invocation).problem);
+  /**
+   * Compares outputs by ‖candidate − best‖ / ‖best‖; non-finite elements must stand in the same places. Less strictly where
+   * halves are among the inputs, or where the call lets matrix units round to them and one of the configurations does.
+   */
+  override compare(
+    candidate: AnyTensor,
+    best: AnyTensor,
+    invocation?: Invocation<MlaCall>,
+    cfgs?: readonly FlashMLAConfig[],
+  ): OutputCheck {
+    return outputsAgree(candidate, best, invocation && prepared(invocation).problem, usesUnits(cfgs));
   }
 
-  /** Compares gradients in the same way, each tensor on its own; where halves are among the inputs less strictly. */
+  /** Compares gradients in the same way, each tensor on its own. */
   override compareGradients(
     invocation: Invocation<MlaCall>,
     candidate: MlaGradients,
     best: MlaGradients,
+    cfgs?: readonly FlashMLAConfig[],
   ): OutputCheck {
-    return gradientsAgree(prepared(invocation).problem, candidate, best);
+    return gradientsAgree(prepared(invocation).problem, candidate, best, usesUnits(cfgs));
   }
+}
+
+/** Whether one of the configurations is for matrix units, as far as they are known. */
+function usesUnits(cfgs: readonly FlashMLAConfig[] | undefined): boolean {
+  return cfgs === undefined || cfgs.some(({ matrixUnits }) => matrixUnits);
 }
 
 function prepared(invocation: Invocation<MlaCall>): MlaInvocation {

@@ -33,6 +33,7 @@ export interface MlaCallOptions<Out extends AnyTensor = AnyTensor> extends MlaOp
 
 const knownOptions = [
   ...["softmaxScale", "causal", "logitsSoftCap", "slidingWindow", "bias", "attentionMask", "softmaxAux", "dropout"],
+  "precision",
   ...["platform", "cfg", "executor", "device", "out", "onEvent"],
 ];
 

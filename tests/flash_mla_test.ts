@@ -222,6 +222,7 @@ describe("FlashMLA", () => {
       key({ cuSeqlens: [0, 40] }),
       key({}, { dropout: { rate: 0.1, seed: 1 } }),
       key({}, { logitsSoftCap: 30 }),
+      key({}, { precision: "f16" }),
       key({}, { slidingWindow: 8 }),
       key({}, { slidingWindow: [8, 0] }),
       key({}, { bias: { data: new Float32Array(1600), shape: [1, 1, 40, 40] } }),
@@ -245,9 +246,10 @@ describe("FlashMLA", () => {
     const bias = { data: new Float32Array(1600), shape: [1, 1, 40, 40] };
     const everything = { slidingWindow: 9, logitsSoftCap: 30, softmaxAux: { data: new Float32Array(2), shape: [2] } };
     assertEquals(
-      await bucket({ ...everything, bias, dropout: { rate: 0.1, seed: 7 } }),
-      `${base}, window 16 0, soft cap, bias, 2 sinks, dropout`,
+      await bucket({ ...everything, bias, dropout: { rate: 0.1, seed: 7 }, precision: "f16" }),
+      `${base}, window 16 0, soft cap, bias, 2 sinks, dropout, precision f16`,
     );
+    assertEquals(await bucket({ precision: "f32" }), base);
     const mask = { data: new Uint8Array(1600), shape: [1, 1, 40, 40] };
     assertEquals(await bucket({ attentionMask: mask, causal: false }), `${base.replace("causal", "full")}, mask`);
     // Windows share a bucket up to the next power of two; past the keys all are the same.

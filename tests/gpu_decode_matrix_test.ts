@@ -2,7 +2,8 @@
 
 import { describe, test } from "node:test";
 import { assert, assertEquals } from "@std/assert";
-import { type DecodeConfig, openDevice } from "../mod.ts";
+import { type DecodeConfig, type MlaDecodeCall, MlaDecodeInvocation, mlaDecodeKernel, openDevice } from "../mod.ts";
+import type { DecodeInputs } from "../src/op/decode_implementation.ts";
 import { candidateConfigs, whyInvalid } from "../src/gpu/decode_configs.ts";
 import { type GpuContext, gpuContext } from "../src/gpu/device.ts";
 import { subgroupMatrixFeature } from "../src/gpu/request_device.ts";
@@ -102,5 +103,12 @@ describe("decoding on matrix units", { skip }, () => {
     const able = { ...capabilities, software: false, matrixUnits: "template" as const };
     assertEquals(candidateConfigs(problemOf("f16"), able)[0].matrixUnits, true);
     assertEquals(candidateConfigs(problemOf("f32"), able).some(({ matrixUnits }) => matrixUnits), false);
+
+    // Candidates on units are checked against a plain one.
+    const target = webgpuDecodeTarget({ ...await matrixContext(), capabilities: able });
+    const init = { opId: "", version: "", call: {} as MlaDecodeCall, device: "", signature: null, bucket: "" };
+    const invocation = new MlaDecodeInvocation(init, {} as DecodeInputs, problemOf("f16"), target);
+    assertEquals(mlaDecodeKernel.heuristicCfg(invocation).matrixUnits, true);
+    assertEquals(mlaDecodeKernel.baselineCfg(invocation).matrixUnits, false);
   });
 });

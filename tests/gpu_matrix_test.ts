@@ -2,94 +2,19 @@
 
 import { describe, test } from "node:test";
 import { assert, assertEquals } from "@std/assert";
-import { type HostTensor, openDevice, toFloats, toHalves } from "../mod.ts";
+import { type HostTensor, toFloats, toHalves } from "../mod.ts";
 import { candidateConfigs } from "../src/gpu/attention_configs.ts";
 import { whyInvalid } from "../src/gpu/attention_plan.ts";
-import { type GpuContext, gpuContext } from "../src/gpu/device.ts";
-import { subgroupMatrixFeature } from "../src/gpu/request_device.ts";
+import type { GpuContext } from "../src/gpu/device.ts";
 import { webgpuTarget } from "../src/gpu/webgpu_implementation.ts";
-import type { FlashMLAConfig } from "../src/op/config.ts";
-import { mapTensors, mlaProblem, type TensorName, tensorNames } from "../src/op/mla_problem.ts";
-import type { AnyTensor, Tensor } from "../src/op/tensor.ts";
+import { mapTensors, mlaProblem, type TensorName } from "../src/op/mla_problem.ts";
+import type { Tensor } from "../src/op/tensor.ts";
 import { referenceMlaAttentionWithLse } from "../src/reference/mla_attention.ts";
-import { referenceMlaAttentionBackward } from "../src/reference/mla_attention_backward.ts";
 import { rounded } from "./support/dtype_attention.ts";
-import { skipEmulation as skip, smallConfig, testContext } from "./support/gpu.ts";
+import { skipEmulation as skip } from "./support/gpu.ts";
+import { bounds, checkCall, drawn, matrixConfig, matrixContext } from "./support/matrix_units.ts";
 import { assertClose } from "./support/metrics.ts";
 import { type MlaCall, normals, randomTensor } from "./support/random_problem.ts";
-
-/** A device with matrix units, where there is one. */
-const native = skip === false
-  ? await openDevice({ features: [subgroupMatrixFeature] }).then((device) => gpuContext(device), () => null)
-  : null;
-
-/** A context whose kernels find matrix units: a device's own, or emulated ones. */
-async function matrixContext(limits: Partial<GpuContext["capabilities"]["limits"]> = {}): Promise<GpuContext> {
-  const context = native?.capabilities.matrixUnits ? native : await testContext();
-  context.buffers.poison = true;
-  const { capabilities } = context;
-  const matrixUnits = capabilities.matrixUnits ?? "emulated";
-  return { ...context, capabilities: { ...capabilities, matrixUnits, limits: { ...capabilities.limits, ...limits } } };
-}
-
-/** Few fragments to a subgroup: the emulation compiles in seconds. */
-const matrixConfig: FlashMLAConfig = {
-  ...smallConfig,
-  blockQ: 32,
-  blockK: 32,
-  numWarps: 2,
-  rowsPerThread: 32,
-  matrixUnits: true,
-};
-
-/** Widths that are no multiples of a fragment, lengths that are none of a tile, and grouped heads. */
-function drawn(rope: "in_query" | "shared", packed: boolean): MlaCall {
-  const random = normals(packed ? 3 : 4);
-  const draw = (...shape: number[]) => randomTensor(shape, random);
-  const [batch, queryLength, keyLength] = packed ? [1, 75, 75] : [2, 41, 67];
-  const shared = rope === "shared";
-  return {
-    inputs: {
-      query: draw(batch, queryLength, 4, shared ? 12 : 20),
-      keyValue: draw(batch, keyLength, 24),
-      wKc: draw(24, 2, 12),
-      wVc: draw(24, 2, 20),
-      ...(shared && { bQ: draw(batch, queryLength, 8) }),
-      bK: draw(batch, keyLength, 8),
-      softmaxAux: draw(4),
-      ...(packed && { cuSeqlens: [0, 9, 9, 50, 75] }),
-    },
-    options: packed ? { slidingWindow: [30, 6], logitsSoftCap: 4 } : { causal: true, dropout: { rate: 0.2, seed: 7 } },
-  };
-}
-
-const bounds = { cosDiff: 5e-6, relL2: 3e-3 };
-
-async function checkCall(context: GpuContext, { inputs, options }: MlaCall, gradScale = 1): Promise<void> {
-  const exact = rounded(inputs, "f16");
-  const halves = mapTensors<Tensor, HostTensor>(inputs, toHalves);
-  const problem = mlaProblem(halves, options);
-  const target = webgpuTarget(context);
-  const expected = referenceMlaAttentionWithLse(exact, problem);
-  const saved = await target.runWithLse(problem, halves, matrixConfig);
-  assertClose(toFloats(saved.output as HostTensor), expected.output, bounds, "output");
-  assertClose(saved.lse as Tensor, expected.lse, { relL2: 1e-3 }, "log-sum-exp");
-
-  const gradOutput = randomTensor(expected.output.shape, normals(9));
-  for (let i = 0; i < gradOutput.data.length; i++) gradOutput.data[i] *= gradScale;
-  const gradients = await target.backward(problem, halves, matrixConfig, saved, gradOutput);
-  const wanted = referenceMlaAttentionBackward(exact, problem, gradOutput);
-  const byName = <T extends AnyTensor>(of: Readonly<Partial<Record<TensorName, T>>>, name: TensorName) => of[name];
-  for (const name of tensorNames) {
-    const got = byName(gradients as Partial<Record<TensorName, AnyTensor>>, name);
-    assertEquals(got === undefined, byName(wanted, name) === undefined, name);
-    if (got === undefined) continue;
-    // What gradients in halves lose below 6e-5 is theirs, not the kernels'.
-    const scaled = (tensor: Tensor) => ({ ...tensor, data: tensor.data.map((x) => x / gradScale) });
-    const absolute = gradScale < 1 ? 2 ** -25 / gradScale : 0;
-    assertClose(scaled(toFloats(got as HostTensor)), scaled(byName(wanted, name)!), { relL2: 3e-3, absolute }, name);
-  }
-}
 
 /** A call of the kind `drawn("in_query", false)`, so that its kernels are there, with other elements. */
 function withElements(
@@ -181,7 +106,7 @@ describe("calls on matrix units", { skip }, () => {
 
   test("agree in head groups, query ranges and pieces, and with gradients of 1e-4", async () => {
     const context = await matrixContext({ maxStorageBufferBindingSize: 24576 });
-    await checkCall(context, drawn("in_query", false), 2 ** -13);
+    await checkCall(context, drawn("in_query", false), { gradScale: 2 ** -13 });
   });
 
   test("leave what the units cannot do to plain kernels: the gradient of a bias", async () => {
@@ -195,7 +120,7 @@ describe("calls on matrix units", { skip }, () => {
     const context = await matrixContext();
     const floats = mlaProblem(inputs, options);
     const why = whyInvalid(matrixConfig, floats, context.capabilities);
-    assert(why?.includes('query is not of dtype "f16"'), `${why}`);
+    assert(why?.includes('query is not of dtype "f16"; the option precision: "f16" lets it be rounded'), `${why}`);
     const halves = mlaProblem(mapTensors<Tensor, HostTensor>(inputs, toHalves), options);
     assertEquals(whyInvalid(matrixConfig, halves, context.capabilities), null);
     const without = { ...context.capabilities, matrixUnits: null };

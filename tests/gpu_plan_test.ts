@@ -32,6 +32,7 @@ const v3: MlaProblem = {
   scoreTerm: "none",
   sinks: 0,
   dropout: null,
+  precision: "f32",
   dtype: "f32",
 };
 

@@ -57,6 +57,19 @@ describe("outputsAgree()", () => {
     assertEquals(check(1, 2, 3, 4).detail, "element 2 is 3 where the best known output has NaN");
     assertEquals(check(1, 2).detail, "2 elements where the best known output has 4");
   });
+
+  test("allows what halves cost where float32 may be rounded to them, and only of matrix units", () => {
+    const candidate: Tensor = { data: Float32Array.of(1, 2, NaN, 4.004), shape: [4] };
+    const agree = (precision: "f32" | "f16", onUnits?: boolean) =>
+      outputsAgree(candidate, best, { dtype: "f32", precision }, onUnits).ok;
+    assertEquals([agree("f16"), agree("f16", true), agree("f16", false)], [true, true, false]);
+    assertEquals([agree("f32"), agree("f32", true)], [false, false]);
+    const { problem, gradients } = gradientsOf();
+    const off = changed(gradients, "wKc", (x) => x * 1.001);
+    const near = (precision: "f32" | "f16", onUnits?: boolean) =>
+      gradientsAgree({ ...problem, precision }, off, gradients, onUnits).ok;
+    assertEquals([near("f16"), near("f16", false), near("f32")], [true, false, false]);
+  });
 });
 
 describe("gradientsAgree()", () => {

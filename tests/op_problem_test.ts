@@ -57,6 +57,7 @@ describe("mlaProblem()", () => {
       scoreTerm: "none",
       sinks: 0,
       dropout: null,
+      precision: "f32",
       dtype: "f32",
     });
   });
@@ -622,6 +623,8 @@ const refusals: [title: string, inputs: object, options: object, message: string
     `dropout.seed must be a whole number from 0 to 2^53 - 1, got ${typeof seed === "string" ? '"1"' : seed}`,
   ]),
   ["a bare dropout rate", good, { dropout: 0.1 }, "dropout must be { rate, seed }, got 0.1"],
+  ["a precision of another type", good, { precision: "bf16" }, 'precision must be "f32" or "f16", got "bf16"'],
+  ["a null precision", good, { precision: null }, 'precision must be "f32" or "f16", got null'],
   ["a null dropout", good, { dropout: null }, "dropout must be { rate, seed }, got null"],
 ];
 

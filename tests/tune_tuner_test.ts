@@ -164,6 +164,26 @@ describe("Tuner.tune()", () => {
     assertEquals(kernel.did("compile").sort(), [1, 2]);
   });
 
+  test("checks against the baseline, so that the heuristic's candidate may be the one that is wrong", async () => {
+    const kernel = new FakeKernel({ tiles: [1, 2, 4], baseline: 4, output: (tile) => tile === 1 ? 6 : 7 });
+    const record = await tune(kernel);
+    assertEquals(reasons(record), { 1: "wrong output: 6 is not 7", 2: null, 4: null });
+    assertEquals(record.cfg, { tile: 2 });
+    assertEquals(record.timings.map(({ cfg }) => cfg.tile), [1, 2, 4]);
+  });
+
+  test("checks gradients against the baseline's too, and without time to spare measures the heuristic's candidate", async () => {
+    const wrong = new FakeKernel({ tiles: [1, 2, 4], baseline: 4, gradient: (tile) => tile === 1 ? 6 : 7 });
+    assertEquals(reasons(await tune(wrong)), { 1: "wrong gradients: 6 is not 7", 2: null, 4: null });
+    const late = new FakeKernel({ tiles: [1, 2, 4], baseline: 4 });
+    assertEquals((await tune(late, { totalBudgetMs: 9 })).cfg, { tile: 1 });
+  });
+
+  test("measures a baseline that is no candidate", async () => {
+    const record = await tune(new FakeKernel({ tiles: [2, 4], baseline: 1, output: (tile) => tile === 4 ? 6 : 7 }));
+    assertEquals(reasons(record), { 1: null, 2: null, 4: "wrong output: 6 is not 7" });
+  });
+
   test("checks against the next candidate when the heuristic's does not run", async () => {
     const kernel = new FakeKernel({
       tiles: [1, 2, 3, 4],

@@ -149,8 +149,8 @@ export function candidateConfigs(problem: MlaProblem, capabilities: Capabilities
 }
 
 /**
- * Configurations on matrix units, where the device has them and the tensors are halves; what these cannot do falls to the
- * plain configuration. The emulation is for tests alone.
+ * Configurations on matrix units, where the device has them and the tensors are halves or may be rounded to them; what
+ * these cannot do falls to the plain configuration. The emulation is for tests alone.
  */
 function matrixConfigs(plain: FlashMLAConfig, problem: MlaProblem, capabilities: Capabilities): FlashMLAConfig[] {
   if (capabilities.matrixUnits === null || capabilities.matrixUnits === "emulated") return [];

@@ -1,7 +1,8 @@
 // Which problems run on matrix units, and under which tiles.
 
 import type { FlashMLAConfig } from "../op/config.ts";
-import type { MlaProblem, TensorName } from "../op/mla_problem.ts";
+import type { MlaProblem } from "../op/mla_problem.ts";
+import { exactFactor } from "../op/precision.ts";
 import type { Capabilities } from "./capabilities.ts";
 import * as attend from "./kernels/matrix_attend_layout.ts";
 import * as grad from "./kernels/matrix_attend_backward.ts";
@@ -84,17 +85,14 @@ export function projectTile(which: "latents" | "weights", capabilities: Limits):
   });
 }
 
-/** The tensors whose elements matrix units multiply. */
-const multiplied: readonly TensorName[] = ["query", "keyValue", "wKc", "wVc", "bQ", "bK"];
-
 /** Why forward cannot run on matrix units under this configuration, or null when it can. */
 export function whyMatrixInvalid(config: Tiling, problem: MlaProblem, capabilities: Capabilities): string | null {
   if (capabilities.matrixUnits === null) return "matrixUnits is true, the device has none that kernels may use";
-  const { dtype } = problem;
-  const other = typeof dtype === "string"
-    ? dtype !== "f16" ? "query" : undefined
-    : multiplied.find((name) => dtype[name] !== undefined && dtype[name] !== "f16");
-  if (other !== undefined) return `matrixUnits is true, which is for tensors of halves: ${other} is not of dtype "f16"`;
+  const exact = exactFactor(problem);
+  if (exact !== undefined) {
+    return `matrixUnits is true, which is for tensors of halves: ${exact} is not of dtype "f16"; ` +
+      'the option precision: "f16" lets it be rounded';
+  }
   for (const [name, value] of Object.entries(config)) {
     if (["blockQ", "blockK", "numWarps", "rowsPerThread"].includes(name) && !(Number.isInteger(value) && +value > 0)) {
       return `${name} must be a positive integer, got ${value}`;

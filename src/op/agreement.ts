@@ -6,6 +6,9 @@ import type { MlaGradients } from "./mla_gradients.ts";
 import { type MlaProblem, tensorNames } from "./mla_problem.ts";
 import { type AnyTensor, isGpuTensor } from "./tensor.ts";
 
+/** What decides how near results must be. */
+export type Roundings = Pick<MlaProblem, "dtype"> & Partial<Pick<MlaProblem, "precision">>;
+
 /** Whether two results agree. */
 export interface Agreement {
   /** Whether they do. */
@@ -39,18 +42,20 @@ const cancelled = 1e-2;
  * @param candidate An output.
  * @param best The best known one.
  * @param problem The call's element types; float32 when absent.
+ * @param onUnits Whether either may be of matrix units, which take the leave that the problem's precision gives.
  */
 export function outputsAgree(
   candidate: AnyTensor,
   best: AnyTensor,
-  problem?: Pick<MlaProblem, "dtype">,
+  problem?: Roundings,
+  onUnits = true,
 ): Agreement {
   if (isGpuTensor(candidate) || isGpuTensor(best)) return { ok: true, detail: "not compared: it stayed on the GPU" };
   const found = distance(toFloats(candidate).data, toFloats(best).data, "output");
   if (typeof found === "string") return { ok: false, detail: found };
   const error = relative(found);
   return {
-    ok: error <= outputBounds[problem === undefined ? "f32" : elements(problem)],
+    ok: error <= outputBounds[problem === undefined ? "f32" : elements(problem, onUnits)],
     detail: `relL2 ${error.toExponential(2)} against the best known output`,
   };
 }
@@ -61,10 +66,16 @@ export function outputsAgree(
  * @param problem The call's dimensions and element types.
  * @param candidate Gradients.
  * @param best The best known ones.
+ * @param onUnits Whether either may be of matrix units.
  * @returns Whether all agree, and the tensor that is furthest apart.
  */
-export function gradientsAgree(problem: MlaProblem, candidate: MlaGradients, best: MlaGradients): Agreement {
-  const bound = gradientBounds[elements(problem)];
+export function gradientsAgree(
+  problem: MlaProblem,
+  candidate: MlaGradients,
+  best: MlaGradients,
+  onUnits = true,
+): Agreement {
+  const bound = gradientBounds[elements(problem, onUnits)];
   const floor = bound * cancelled * meanSquareRoot(best.keyValue);
   let furthest = { name: "", error: -1 };
   for (const name of tensorNames) {
@@ -122,8 +133,9 @@ function meanSquareRoot(tensor: AnyTensor): number {
   return Math.sqrt(sum / Math.max(1, values.length));
 }
 
-/** The coarsest element type of a call. */
-function elements({ dtype }: Pick<MlaProblem, "dtype">): "f32" | "f16" {
+/** The coarsest element type of a call, of its tensors or of what they are rounded to. */
+function elements({ dtype, precision }: Roundings, onUnits: boolean): "f32" | "f16" {
+  if (precision === "f16" && onUnits) return "f16";
   const halves = typeof dtype === "string" ? dtype === "f16" : Object.values(dtype).includes("f16");
   return halves ? "f16" : "f32";
 }

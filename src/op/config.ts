@@ -30,7 +30,8 @@ export interface FlashMLAConfig {
   /** Columns of the backward attention tiles: 32, 64 or 128; 256 for heads too wide for the registers of those. */
   readonly gradBlock: number;
   /**
-   * Whether products run on matrix units (a device feature, for tensors of halves). Then `blockQ`, `blockK`, `numWarps` and
+   * Whether products run on matrix units (a device feature, for tensors of halves and with the option `precision: "f16"`
+   * for all). Then `blockQ`, `blockK`, `numWarps` and
    * `rowsPerThread` are the matrix kernel's: query rows, keys, subgroups, and query rows of a subgroup; the other fields
    * hold for what matrix units cannot do.
    */

@@ -38,7 +38,7 @@ export function lengthBucket(problem: MlaProblem): string {
 
 /** The options that change what a kernel does, where a call has them. Their values do not, but for those of a window. */
 function extras(problem: MlaProblem): string[] {
-  const { logitsSoftCap, slidingWindow, scoreTerm, sinks, dropout, keyLength } = problem;
+  const { logitsSoftCap, slidingWindow, scoreTerm, sinks, dropout, precision, keyLength } = problem;
   const side = (keys: number) => ceilPowerOfTwo(Math.min(keys, keyLength));
   const [left, right] = reach(problem);
   return [
@@ -47,5 +47,6 @@ function extras(problem: MlaProblem): string[] {
     ...(scoreTerm === "none" ? [] : [scoreTerm]),
     ...(sinks === 0 ? [] : [`${sinks} sinks`]),
     ...(dropout === null ? [] : ["dropout"]),
+    ...(precision === "f32" ? [] : [`precision ${precision}`]),
   ];
 }

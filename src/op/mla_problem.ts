@@ -1,6 +1,7 @@
 import type { Dropout, DropoutOptions } from "./dropout.ts";
 import { cannotRun as fail } from "./errors.ts";
 import { toFloats } from "./half.ts";
+import { checkPrecision } from "./precision.ts";
 import { checkDropout, checkScoreTerm, checkSinks, checkSoftCap, checkWindow } from "./score_options.ts";
 import { checkOffsets } from "./sequence_places.ts";
 import {
@@ -60,7 +61,7 @@ export const tensorNames: readonly TensorName[] = [
 
 /**
  * The options that change the result. In this order: scale, soft cap, window, causal mask, bias or else mask, sinks,
- * softmax, dropout.
+ * softmax, dropout. The precision is that of all products.
  */
 export interface MlaMathOptions {
   /** Factor on the scores; `1/√(qkNopeHeadDim + qkRopeHeadDim)` when absent. */
@@ -88,6 +89,14 @@ export interface MlaMathOptions {
   readonly softmaxAux?: AnyTensor;
   /** Drops attention probabilities at random, the same ones on every platform. */
   readonly dropout?: DropoutOptions;
+  /**
+   * With `"f16"`, tensors of float32 and bfloat16 may be rounded to halves as they are multiplied, so that matrix units can
+   * serve them; sums and softmax stay float32, and the result keeps its element type. What is lost there: the result has a
+   * relative error of about 5e-4, more where scores are large (2e-3 at a standard deviation of 30), since what is rounded
+   * off a score shows in its probability; and what passes ±65,504 becomes that. It is leave, not an order: plain kernels,
+   * and so every device without matrix units, stay exact, and the platform `reference` takes no notice. Default `"f32"`.
+   */
+  readonly precision?: "f32" | "f16";
 }
 
 /**
@@ -134,6 +143,8 @@ export interface MlaProblem {
   readonly sinks: number;
   /** The dropout, or null without one or with rate 0. */
   readonly dropout: Dropout | null;
+  /** What the factors of products may be rounded to. */
+  readonly precision: "f32" | "f16";
   /** Element types: one for all tensors of the call, or those of the tensors by name. */
   readonly dtype: DType | Readonly<Partial<Record<TensorName, DType>>>;
 }
@@ -232,6 +243,7 @@ export function mlaProblem(inputs: MlaInputs, options: MlaMathOptions = {}): Mla
     scoreTerm: bias !== undefined ? "bias" : attentionMask !== undefined ? "mask" : "none",
     sinks: softmaxAux === undefined ? 0 : checkSinks(softmaxAux, queryHeads),
     dropout: checkDropout(options.dropout),
+    precision: checkPrecision(options.precision),
     dtype: dtypesOf(inputs),
   };
 }

@@ -74,6 +74,14 @@ export abstract class Kernel<Call, Cfg, Out, Residuals = unknown, Gradients = un
   }
 
   /**
+   * The configuration whose results those of the others are checked against while they are measured: the one whose kernels
+   * are trusted most. It is measured as well.
+   */
+  baselineCfg(invocation: Invocation<Call>): Cfg {
+    return this.heuristicCfg(invocation);
+  }
+
+  /**
    * Whether the operation has gradients, so that candidates are timed forward and backward and their gradients compared
    * where the policy's `validateBackward` says so. The default has none.
    */
@@ -140,13 +148,21 @@ export abstract class Kernel<Call, Cfg, Out, Residuals = unknown, Gradients = un
     return Promise.resolve(null);
   }
 
-  /** Compares a candidate's result with the best known one of the same call. The default accepts everything. */
-  compare(_candidate: Out, _best: Out, _invocation?: Invocation<Call>): OutputCheck {
+  /**
+   * Compares a candidate's result with the best known one of the same call, which came from these configurations. The
+   * default accepts everything.
+   */
+  compare(_candidate: Out, _best: Out, _invocation?: Invocation<Call>, _cfgs?: readonly Cfg[]): OutputCheck {
     return { ok: true, detail: "not compared" };
   }
 
-  /** Compares a candidate's gradients with the best known ones. The default accepts everything. */
-  compareGradients(_invocation: Invocation<Call>, _candidate: Gradients, _best: Gradients): OutputCheck {
+  /** Compares a candidate's gradients with the best known ones in the same way. The default accepts everything. */
+  compareGradients(
+    _invocation: Invocation<Call>,
+    _candidate: Gradients,
+    _best: Gradients,
+    _cfgs?: readonly Cfg[],
+  ): OutputCheck {
     return { ok: true, detail: "not compared" };
   }
 }

@@ -33,8 +33,8 @@ export interface TuneOptions {
 }
 
 /**
- * Finds the fastest configuration by measuring. Every candidate is compiled, its output checked against the heuristic's,
- * warmed up, and timed in rounds with the others, so that a change of the card's clock meets all of them alike. Where an
+ * Finds the fastest configuration by measuring. Every candidate is compiled, its output checked against that of the
+ * kernel's baseline, warmed up, and timed in rounds with the others, so that a change of the card's clock meets all of them alike. Where an
  * operation has gradients they are checked and timed too; if no candidate can compute them, the forward run alone.
  *
  * The first call of a new shape pays for this: about `totalBudgetMs`, and longer where the
@@ -82,9 +82,10 @@ export class Tuner {
     options: TuneOptions = {},
   ): Promise<CacheRecord<Cfg>> {
     const results: CandidateTiming<Cfg>[] = [];
-    const ordered = await distinct([kernel.heuristicCfg(invocation), ...candidates]);
+    const baseline = kernel.baselineCfg(invocation);
+    const ordered = await distinct([kernel.heuristicCfg(invocation), ...candidates, baseline]);
     const limits = { ...this.#limits, backward: kernel.hasGradients && (options.validateBackward ?? true) };
-    const run = new TuningRun(kernel, invocation, ordered, limits, (timing) => {
+    const run = new TuningRun(kernel, invocation, { ordered, baseline }, limits, (timing) => {
       results.push(timing);
       onCandidate(timing);
     });
@@ -101,6 +102,7 @@ export class Tuner {
   }
 }
 
+/** Each configuration once, at its first place: of those that are equal, the last object. */
 async function distinct<Cfg>(candidates: readonly Cfg[]): Promise<Cfg[]> {
   const byHash = new Map<string, Cfg>();
   for (const cfg of candidates) byHash.set(await hashJson(cfg), cfg);

@@ -30,20 +30,30 @@ const DROP_RULES = [{ samples: 2, ratio: 2 }, { samples: 8, ratio: 1.25 }];
 // One candidate left over has nobody to be compared with: a few samples give its time.
 const SAMPLES_ALONE = 3;
 
-/** The result that others are checked against, and how long it took to compute. */
-interface Reference<Out, Gradients> {
+/** The configurations of a tuning. */
+export interface Candidates<Cfg> {
+  /** All of them, the heuristic's first: where time runs out, it is what is left. */
+  readonly ordered: readonly Cfg[];
+  /** One of them, against whose results the others are checked. */
+  readonly baseline: Cfg;
+}
+
+/** The result that others are checked against, where it is from, and how long it took to compute. */
+interface Reference<Cfg, Out, Gradients> {
+  readonly cfg: Cfg;
   readonly output: Out;
   /** Null when gradients are not checked. */
   readonly gradients: Gradients | null;
   readonly tookMs: number;
 }
 
-/** One tuning of one kernel for one invocation. The first candidate is the heuristic's, against which others are checked. */
+/** One tuning of one kernel for one invocation. */
 export class TuningRun<Call, Cfg, Out, Gradients> {
   readonly #kernel: Kernel<Call, Cfg, Out, unknown, Gradients>;
   readonly #invocation: Invocation<Call>;
   readonly #limits: TuningLimits;
   readonly #report: (timing: CandidateTiming<Cfg>) => void;
+  readonly #baseline: Cfg;
   readonly #enter: () => Contender<Cfg, Out, Gradients>[];
   readonly #reported: Set<Contender<Cfg, Out, Gradients>> = new Set();
   readonly #probe: ClockProbe;
@@ -58,14 +68,14 @@ export class TuningRun<Call, Cfg, Out, Gradients> {
    *
    * @param kernel The operation.
    * @param invocation The call that is tuned for.
-   * @param candidates The configurations, the heuristic's first.
+   * @param candidates The configurations.
    * @param limits The bounds.
    * @param report Hears of every candidate once, when its result is known.
    */
   constructor(
     kernel: Kernel<Call, Cfg, Out, unknown, Gradients>,
     invocation: Invocation<Call>,
-    candidates: readonly Cfg[],
+    { ordered, baseline }: Candidates<Cfg>,
     limits: TuningLimits,
     report: (timing: CandidateTiming<Cfg>) => void,
   ) {
@@ -74,7 +84,8 @@ export class TuningRun<Call, Cfg, Out, Gradients> {
     this.#invocation = invocation;
     this.#limits = limits;
     this.#report = report;
-    this.#enter = () => candidates.map((cfg) => new Contender<Cfg, Out, Gradients>(cfg, limits, grain));
+    this.#baseline = baseline;
+    this.#enter = () => ordered.map((cfg) => new Contender<Cfg, Out, Gradients>(cfg, limits, grain));
     this.#all = this.#enter();
     this.#backward = limits.backward;
     this.#probe = new ClockProbe(() => kernel.probe(invocation));
@@ -116,13 +127,19 @@ export class TuningRun<Call, Cfg, Out, Gradients> {
     };
   }
 
-  /** Compiles the candidates, a few at a time, and checks each one's results against those of the first that runs. */
+  /**
+   * Compiles the candidates, a few at a time, and checks each one's results against those of the first that runs: the
+   * baseline's, unless it does not.
+   */
   async #admit(): Promise<void> {
     const { totalBudgetMs, parallelTrials } = this.#limits;
     const options = { backward: this.#backward };
-    let reference: Reference<Out, Gradients> | null = null;
-    for (let next = 0; next < this.#all.length; next += parallelTrials) {
-      const batch = this.#all.slice(next, next + parallelTrials);
+    let reference: Reference<Cfg, Out, Gradients> | null = null;
+    const isBaseline = ({ cfg }: Contender<Cfg, Out, Gradients>) => cfg === this.#baseline;
+    const queue = [...this.#all.filter(isBaseline), ...this.#all.filter((contender) => !isBaseline(contender))];
+    const admitted = new Set<Contender<Cfg, Out, Gradients>>();
+    for (let next = 0; next < queue.length; next += parallelTrials) {
+      const batch = queue.slice(next, next + parallelTrials);
       if (reference === null || this.#elapsed() < totalBudgetMs * ADMISSION_SHARE) {
         await Promise.all(batch.map((contender) => contender.prepare(this.#kernel, this.#invocation, options)));
       } else {
@@ -132,12 +149,13 @@ export class TuningRun<Call, Cfg, Out, Gradients> {
         // Checked only if the check will probably be over in time: on a software adapter it takes seconds.
         if (reference !== null && this.#elapsed() + reference.tookMs >= totalBudgetMs) contender.reject(TIME_BUDGET);
         if (contender.rejected === null) reference = await this.#check(contender, reference);
-        if (contender.rejected === null) this.#racing.push(contender);
+        if (contender.rejected === null) admitted.add(contender);
         else contender.release();
         // Before one can compute its gradients it is open whether any can: those that cannot may still run forward.
-        if (this.#racing.length > 0 || !this.#backward) this.#finishRejected();
+        if (admitted.size > 0 || !this.#backward) this.#finishRejected();
       }
     }
+    this.#racing = this.#all.filter((contender) => admitted.has(contender));
   }
 
   /** No candidate could compute its gradients: those that ran forward compete in that. */
@@ -156,20 +174,21 @@ export class TuningRun<Call, Cfg, Out, Gradients> {
   /** Checks a candidate's output and gradients; the first one that has them becomes the reference. */
   async #check(
     contender: Contender<Cfg, Out, Gradients>,
-    reference: Reference<Out, Gradients> | null,
-  ): Promise<Reference<Out, Gradients> | null> {
+    reference: Reference<Cfg, Out, Gradients> | null,
+  ): Promise<Reference<Cfg, Out, Gradients> | null> {
     const start = this.#elapsed();
     try {
       const output = await contender.output();
-      const check = reference && this.#kernel.compare(output, reference.output, this.#invocation);
+      const cfgs = reference === null ? [] : [contender.cfg, reference.cfg];
+      const check = reference && this.#kernel.compare(output, reference.output, this.#invocation, cfgs);
       if (check?.ok === false) {
         contender.reject(`wrong output: ${check.detail}`);
         return reference;
       }
       const gradients = this.#backward ? await contender.gradients() : null;
-      if (reference === null) return { output, gradients, tookMs: this.#elapsed() - start };
+      if (reference === null) return { cfg: contender.cfg, output, gradients, tookMs: this.#elapsed() - start };
       if (gradients === null || reference.gradients === null) return reference;
-      const { ok, detail } = this.#kernel.compareGradients(this.#invocation, gradients, reference.gradients);
+      const { ok, detail } = this.#kernel.compareGradients(this.#invocation, gradients, reference.gradients, cfgs);
       if (!ok) contender.reject(`wrong gradients: ${detail}`);
     } catch (error) {
       contender.fail(error);

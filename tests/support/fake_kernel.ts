@@ -23,6 +23,8 @@ export interface FakeBehaviour {
   readonly tiles?: readonly number[];
   /** The heuristic's tile. Default: the first. */
   readonly heuristic?: number;
+  /** The tile whose results others are checked against. Default: the heuristic's. */
+  readonly baseline?: number;
   /** Milliseconds of one run at full clock. Default: the tile. */
   readonly cost?: (tile: number) => number;
   /** The device's clock at a time, 1 at full speed. Default always 1. */
@@ -122,6 +124,10 @@ export class FakeKernel extends Kernel<FakeCall, FakeCfg, number, number, number
 
   heuristicCfg(): FakeCfg {
     return { tile: this.#does.heuristic ?? this.#does.tiles?.[0] ?? 1 };
+  }
+
+  override baselineCfg(invocation: Invocation<FakeCall>): FakeCfg {
+    return this.#does.baseline === undefined ? super.baselineCfg(invocation) : { tile: this.#does.baseline };
   }
 
   override candidateCfgs(): readonly FakeCfg[] {
