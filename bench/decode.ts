@@ -28,10 +28,11 @@ import { subgroupMatrixFeature } from "../src/gpu/request_device.ts";
 import { clockProbe, timeOnGpu, timingMethod } from "../src/gpu/timing.ts";
 import type { MlaDecodeInvocation } from "../src/decode_kernel.ts";
 import { normals } from "../tests/support/random_problem.ts";
+import { argument } from "./arguments.ts";
+import { copyBandwidth } from "./copy_bandwidth.ts";
 import { roofline, type RooflinePoint } from "./roofline.ts";
 import { measureSteadily } from "./steady_timing.ts";
 
-const argument = (name: string) => Deno.args.find((given) => given.startsWith(`--${name}=`))?.slice(name.length + 3);
 const matrix = Deno.args.includes("--matrix");
 const device = matrix ? await openDevice({ engine: "dawn", features: [subgroupMatrixFeature] }) : undefined;
 const context = await gpuContext(device);
@@ -144,41 +145,6 @@ async function measure({ model, heads, batch, keys }: Point): Promise<Row> {
   return { model, heads, batch, keys, cfg: best!.cfg, ms, spread, gbps: bytes / ms / 1e6, tflops: flops / ms / 1e9 };
 }
 
-/** GB/s of a copy by a kernel, read and write counted; an engine's own copies may be slower. */
-async function copyBandwidth(): Promise<number> {
-  const size = Math.min(limits.maxStorageBufferBindingSize, quick ? 2 ** 26 : 2 ** 30) & -4096;
-  using from = await emptyOnGpu([size / 4], { device: context.device });
-  using to = await emptyOnGpu([size / 4], { device: context.device });
-  const pipeline = await context.pipelines.get(
-    "copy",
-    `@group(0) @binding(0) var<storage, read> source: array<vec4<f32>>;
-@group(0) @binding(1) var<storage, read_write> copied: array<vec4<f32>>;
-@compute @workgroup_size(256)
-fn main(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>) {
-  for (var i = id.x; i < arrayLength(&source); i += groups.x * 256u) { copied[i] = source[i]; }
-}
-`,
-  );
-  const bindGroup = context.device.createBindGroup({
-    layout: pipeline.getBindGroupLayout(0),
-    entries: [from, to].map(({ buffer }, binding) => ({ binding, resource: { buffer, size } })),
-  });
-  const [ms] = await measureSteadily(
-    context,
-    (repeats) =>
-      timeOnGpu(context, (encoder, timestampWrites) => {
-        const pass = encoder.beginComputePass({ timestampWrites });
-        pass.setPipeline(pipeline);
-        pass.setBindGroup(0, bindGroup);
-        pass.dispatchWorkgroups(8192);
-        pass.end();
-      }, repeats),
-    30,
-    5,
-  );
-  return 2 * size / ms / 1e6;
-}
-
 /** The whole operation with weights, kernel by kernel. */
 async function layer(model: string, heads: number, batch: number, keys: number): Promise<void> {
   const columns = Math.ceil(keys / pageSize);
@@ -218,7 +184,7 @@ async function layer(model: string, heads: number, batch: number, keys: number):
 }
 
 const rows: Row[] = [];
-const bandwidth = Number(argument("bandwidth") ?? await copyBandwidth());
+const bandwidth = Number(argument("bandwidth") ?? (await copyBandwidth(context)).gbps);
 console.log(`copy ${bandwidth.toFixed(0)} GB/s`);
 if (Deno.args.includes("--layer")) {
   for (const [model, heads] of models) {
@@ -257,7 +223,7 @@ if (svg !== undefined && rows.length > 0) {
   const subtitle = `${adapter}, ${engine}, ${dtype} cache in pages of ${pageSize}`;
   await Deno.writeTextFile(
     svg,
-    roofline({ title: "Decoding under the roofline", subtitle, bandwidth, peak, points: chart }),
+    roofline({ title: "Decoding under the roofline", subtitle, bandwidth, roofs: [{ tflops: peak }], points: chart }),
   );
 }
 console.log(`clock probe ${(await clockProbe(context))?.toFixed(4) ?? "none"} ms`);

@@ -22,13 +22,14 @@ import { mapTensors, type MlaInputs, type MlaProblem } from "../src/op/mla_probl
 import type { AnyTensor, HostTensor, Tensor } from "../src/op/tensor.ts";
 import { relL2 } from "../tests/support/metrics.ts";
 import { tuningGradOutput } from "../src/op/tuning_grad_output.ts";
+import { argument } from "./arguments.ts";
 import { attentionShapes, benchInputs, type BenchShape } from "./shapes.ts";
-import { measureSteadily, type Timed, visibleTriples } from "./steady_timing.ts";
+import { measureSteadily, type Timed } from "./steady_timing.ts";
+import { expansionFlops, visibleTriples } from "./work.ts";
 
 const matrix = Deno.args.includes("--matrix");
 const context = await gpuContext(matrix ? await openDevice({ features: [subgroupMatrixFeature] }) : undefined);
 const quick = context.capabilities.software;
-const argument = (name: string) => Deno.args.find((given) => given.startsWith(`--${name}=`))?.slice(name.length + 3);
 const half = Deno.args.includes("--f16");
 const only = argument("only") ?? (quick ? "S 512" : "V2-Lite, B 1, S");
 const tiles = (argument("tiles") ?? (quick ? "32" : "128,64")).split(",").map(Number);
@@ -38,9 +39,9 @@ console.log(`${adapter}, ${engine}, ${half ? "f16" : "f32"}, timed by ${method}`
 
 /** FLOPs of each kernel that has many. */
 function flopsOf(problem: MlaProblem): Record<string, number> {
-  const { batch, keyLength, kvHeads, kvLoraRank: L, qkNopeHeadDim: P, qkRopeHeadDim: R, vHeadDim: V } = problem;
+  const { qkNopeHeadDim: P, qkRopeHeadDim: R, vHeadDim: V } = problem;
   const triples = visibleTriples(problem);
-  const gemm = (width: number) => 2 * batch * keyLength * L * kvHeads * width;
+  const gemm = (width: number) => expansionFlops(problem, width);
   return {
     expandKeys: gemm(P),
     expandValues: gemm(V),

@@ -9,18 +9,15 @@
 // the attention; work on masked or padded elements is not counted.
 
 import { flashMLA, type FlashMLAConfig, type MlaCall, type MlaInvocation } from "../mod.ts";
-import { PlanCache } from "../src/gpu/compiled_plan.ts";
 import { gpuContext } from "../src/gpu/device.ts";
-import { operandLayouts } from "../src/gpu/operand_layout.ts";
-import { PreparedAttention } from "../src/gpu/prepared_attention.ts";
-import { ResidentCall } from "../src/gpu/resident_call.ts";
+import type { PreparedAttention } from "../src/gpu/prepared_attention.ts";
 import { clockProbe, timingMethod } from "../src/gpu/timing.ts";
-import { toHalves } from "../src/op/half.ts";
-import { mapTensors } from "../src/op/mla_problem.ts";
-import type { HostTensor, Tensor } from "../src/op/tensor.ts";
 import { Tuner } from "../src/tune/tuner.ts";
+import { argument, flag } from "./arguments.ts";
+import { prepareForward } from "./prepared_forward.ts";
 import { attentionShapes, benchInputs, type BenchShape } from "./shapes.ts";
-import { measureSteadily, visibleTriples } from "./steady_timing.ts";
+import { measureSteadily } from "./steady_timing.ts";
+import { workOf } from "./work.ts";
 
 interface Row {
   readonly shape: string;
@@ -36,8 +33,8 @@ interface Row {
 const context = await gpuContext();
 const method = await timingMethod(context);
 const quick = context.capabilities.software;
-const half = Deno.args.includes("--f16");
-const only = Deno.args.find((argument) => argument.startsWith("--only="))?.slice("--only=".length) ?? "";
+const half = flag("f16");
+const only = argument("only") ?? "";
 console.log(
   `${context.capabilities.adapter}, ${context.capabilities.engine}, ${half ? "f16" : "f32"}, timed by ${method}`,
 );
@@ -49,8 +46,7 @@ function measure(prepared: PreparedAttention, only: readonly string[]): Promise<
 }
 
 async function row(shape: BenchShape): Promise<Row> {
-  const floats = benchInputs(shape);
-  const inputs = half ? mapTensors<Tensor, HostTensor>(floats, toHalves) : floats;
+  const inputs = benchInputs(shape, half ? "f16" : "f32");
   const { causal, slidingWindow } = shape;
   const call: MlaCall = { inputs, options: { causal, slidingWindow, platform: "webgpu" } };
   const invocation: MlaInvocation = await flashMLA.prepare(call);
@@ -59,28 +55,20 @@ async function row(shape: BenchShape): Promise<Row> {
   const { cfg } = await tuner.tune(flashMLA, invocation, candidates, undefined, { validateBackward: false });
   context.pipelines.clear();
   const start = performance.now();
-  const { compiled, release } = await new PlanCache(context).borrow(
-    problem,
-    cfg,
-    operandLayouts(problem, inputs, context.capabilities.f16, { out: half ? "f16" : "f32" }),
-  );
-  const resident = await ResidentCall.create(context, problem, call, compiled.plan);
-  const prepared = await PreparedAttention.create(context, problem, compiled, resident);
+  const { prepared, dispose } = await prepareForward(context, problem, inputs, cfg, half ? "f16" : "f32");
   await prepared.output();
   const compileMs = performance.now() - start;
   const [expandMs] = await measure(prepared, ["expandKeys", "expandValues"]);
   const [attendMs, spread] = await measure(prepared, ["attend"]);
-  resident.dispose();
-  release();
-  const { batch, keyLength, kvHeads, kvLoraRank: L, qkNopeHeadDim: P, qkRopeHeadDim: R, vHeadDim: V } = problem;
+  dispose();
   return {
     shape: shape.name,
     config: cfg,
     compileMs,
     expandMs,
-    expandTflops: 2 * batch * keyLength * L * kvHeads * (P + V) / expandMs / 1e9,
+    expandTflops: workOf("expand", problem, 4).flops / expandMs / 1e9,
     attendMs,
-    attendTflops: 2 * visibleTriples(problem) * (P + R + V) / attendMs / 1e9,
+    attendTflops: workOf("attend", problem, 4).flops / attendMs / 1e9,
     spread,
   };
 }
@@ -100,7 +88,7 @@ for (const { shape, config, compileMs, expandMs, expandTflops, attendMs, attendT
   );
 }
 console.log(`clock probe ${(await clockProbe(context))?.toFixed(4) ?? "none"} ms`);
-if (Deno.args.includes("--json")) {
+if (flag("json")) {
   console.log(
     JSON.stringify({
       capabilities: context.capabilities,

@@ -17,13 +17,12 @@ import { elementCount, type Tensor } from "../src/op/tensor.ts";
 import { referenceMlaAttentionWithLse } from "../src/reference/mla_attention.ts";
 import { referenceMlaAttentionBackward } from "../src/reference/mla_attention_backward.ts";
 import { MatrixCall, type MatrixSetup } from "../tests/support/matrix_call.ts";
+import { argument } from "./arguments.ts";
 import { steadyClock } from "./steady_timing.ts";
 
-const argument = (name: string, absent: string) =>
-  Deno.args.find((arg) => arg.startsWith(`--${name}=`))?.slice(name.length + 3) ?? absent;
-const only = argument("only", "");
-const S = Number(argument("length", "4096"));
-const H = Number(argument("heads", "16"));
+const only = argument("only") ?? "";
+const S = Number(argument("length") ?? 4096);
+const H = Number(argument("heads") ?? 16);
 const [L, P, R, V] = [512, 128, 64, 128];
 
 /** Dawn without the checks of indices that the library leaves on: what they cost. */

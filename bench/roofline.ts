@@ -1,5 +1,5 @@
 // Measurements under the roofline of a device as an SVG: FLOPs a second over FLOPs a byte, both axes logarithmic. The roof is
-// what memory can bring, then what arithmetic can do. Colours follow the reader's light or dark theme.
+// what memory can bring, then what arithmetic can do: a line for each kind of arithmetic. Colours follow the reader's light or dark theme.
 
 /** One measurement. */
 export interface RooflinePoint {
@@ -13,14 +13,22 @@ export interface RooflinePoint {
   readonly label: string;
 }
 
+/** What one kind of arithmetic can do. */
+export interface Roof {
+  /** Which kind; nothing is said where there is only one. */
+  readonly name?: string;
+  /** TFLOP/s of that arithmetic alone. */
+  readonly tflops: number;
+}
+
 /** What the chart shows. */
 export interface Roofline {
   readonly title: string;
   readonly subtitle: string;
   /** GB/s of a copy. */
   readonly bandwidth: number;
-  /** TFLOP/s of arithmetic alone. */
-  readonly peak: number;
+  /** At least one. */
+  readonly roofs: readonly Roof[];
   readonly points: readonly RooflinePoint[];
 }
 
@@ -48,10 +56,19 @@ function decades(low: number, high: number): number[] {
 }
 
 /** Draws the chart. */
-export function roofline({ title, subtitle, bandwidth, peak, points }: Roofline): string {
-  const ridge = peak * 1000 / bandwidth;
-  const xs = decades(Math.min(ridge / 10, ...points.map(({ intensity }) => intensity)), Math.max(ridge * 4, 1));
-  const ys = decades(Math.min(peak / 10, ...points.map(({ tflops }) => tflops)), peak);
+export function roofline({ title, subtitle, bandwidth, roofs, points }: Roofline): string {
+  const peaks = roofs.map(({ tflops }) => tflops);
+  const [lowest, highest] = [Math.min(...peaks), Math.max(...peaks)];
+  const ridgeOf = (tflops: number) => tflops * 1000 / bandwidth;
+  const intensities = points.map(({ intensity }) => intensity);
+  const xs = decades(
+    Math.min(ridgeOf(lowest) / 10, ...intensities),
+    Math.max(ridgeOf(highest) * 4, 1, ...intensities),
+  );
+  const ys = decades(
+    Math.min(lowest / 10, ...points.map(({ tflops }) => tflops)),
+    Math.max(highest, ...points.map(({ tflops }) => tflops)),
+  );
   const scale = (ticks: number[], from: number, to: number) => (value: number) => {
     const [low, high] = [Math.log10(ticks[0]), Math.log10(ticks[ticks.length - 1])];
     return round(from + (to - from) * (Math.log10(value) - low) / (high - low));
@@ -79,10 +96,18 @@ export function roofline({ title, subtitle, bandwidth, peak, points }: Roofline)
       plot.bottom + 42
     }" text-anchor="middle">FLOPs for each byte that has to move</text>`,
     `<text x="${plot.left - 10}" y="${plot.top - 10}" text-anchor="end">TFLOP/s</text>`,
-    `<polyline class="roof" points="${x(left)},${y(left * bandwidth / 1000)} ${x(ridge)},${y(peak)} ${plot.right},${
-      y(peak)
-    }"/>`,
-    `<text x="${plot.right}" y="${y(peak) - 8}" text-anchor="end">${round(peak)} TFLOP/s</text>`,
+    `<polyline class="roof" points="${x(left)},${y(left * bandwidth / 1000)} ${x(ridgeOf(highest))},${
+      y(highest)
+    } ${plot.right},${y(highest)}"/>`,
+    ...peaks.filter((tflops) => tflops !== highest).map((tflops) =>
+      `<line class="roof" x1="${x(ridgeOf(tflops))}" x2="${plot.right}" y1="${y(tflops)}" y2="${y(tflops)}"/>`
+    ),
+    // Neighbours may lie closer than a line of text is high: every other label stands further left.
+    ...roofs.toSorted((a, b) => a.tflops - b.tflops).map(({ name, tflops }, i) =>
+      `<text x="${plot.right - 230 * (i % 2)}" y="${y(tflops) - 8}" text-anchor="end">${
+        name === undefined ? "" : `${escaped(name)}: `
+      }${round(tflops)} TFLOP/s</text>`
+    ),
     `<text x="${x(left) + 12}" y="${y(left * bandwidth / 1000) - 14}">${Math.round(bandwidth)} GB/s</text>`,
     ...series.map((name, i) =>
       `<g fill="var(--s${i % 4})">${

@@ -1,24 +1,10 @@
-// Times at a steady clock, and the pairs that FLOPs are counted by.
+// Times at a steady clock.
 
 import type { GpuContext } from "../src/gpu/device.ts";
 import { clockProbe } from "../src/gpu/timing.ts";
-import type { MlaProblem } from "../src/op/mla_problem.ts";
-import { segments, visibleKeys } from "../src/op/segments.ts";
 
 /** Runs some work so many times over; resolves to the milliseconds of all of them. */
 export type Timed = (repeats: number) => Promise<number>;
-
-/** Visible (query, key) pairs, times query heads. */
-export function visibleTriples(problem: MlaProblem): number {
-  let pairs = 0;
-  for (const segment of segments(problem)) {
-    for (let row = segment.queryStart; row < segment.queryEnd; row++) {
-      const { start, end } = visibleKeys(segment, row, problem);
-      pairs += end - start;
-    }
-  }
-  return pairs * problem.queryHeads;
-}
 
 /**
  * Keeps the device busy until its clock is steady: a card that idled needs seconds of load to reach full speed.
