@@ -24,6 +24,14 @@ describe("Tuner.tune() under a budget", () => {
     assertEquals(reasons(record), { 4: null, 3: null, 2: "time budget", 1: "time budget" });
   });
 
+  test("does not begin to compile what would leave no time for timing", async () => {
+    const kernel = new FakeKernel({ tiles: [4, 3, 2, 1], compileMs: 1300 });
+    const record = await tune(kernel, { totalBudgetMs: 2500, parallelTrials: 1 });
+    assertEquals(kernel.did("compile"), [4]);
+    assertEquals(reasons(record), { 4: null, 3: "time budget", 2: "time budget", 1: "time budget" });
+    assert(record.timings[0].samples >= 3);
+  });
+
   test("never takes much longer than its total budget", async () => {
     await fc.assert(
       fc.asyncProperty(fc.array(fc.double({ min: 0.001, max: 400, noNaN: true }), { minLength: 1 }), async (costs) => {

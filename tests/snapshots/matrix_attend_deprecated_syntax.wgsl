@@ -381,10 +381,10 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
       workgroupBarrier();
 
       let masking = keyBase + BLOCK_K > block.sharedEnd;
-      var x0 = scoreOf(vec4<f32>(scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((0u + softPart) % 8u) + 0u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((0u + softPart) % 8u) + 1u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((0u + softPart) % 8u) + 2u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((0u + softPart) % 8u) + 3u) * 5u + softRow % 16u / 4u) + softRow % 4u]));
-      var x1 = scoreOf(vec4<f32>(scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((2u + softPart) % 8u) + 0u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((2u + softPart) % 8u) + 1u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((2u + softPart) % 8u) + 2u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((2u + softPart) % 8u) + 3u) * 5u + softRow % 16u / 4u) + softRow % 4u]));
-      var x2 = scoreOf(vec4<f32>(scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((4u + softPart) % 8u) + 0u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((4u + softPart) % 8u) + 1u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((4u + softPart) % 8u) + 2u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((4u + softPart) % 8u) + 3u) * 5u + softRow % 16u / 4u) + softRow % 4u]));
-      var x3 = scoreOf(vec4<f32>(scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((6u + softPart) % 8u) + 0u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((6u + softPart) % 8u) + 1u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((6u + softPart) % 8u) + 2u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((6u + softPart) % 8u) + 3u) * 5u + softRow % 16u / 4u) + softRow % 4u]));
+      var x0 = (vec4<f32>(scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((0u + softPart) % 8u) + 0u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((0u + softPart) % 8u) + 1u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((0u + softPart) % 8u) + 2u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((0u + softPart) % 8u) + 3u) * 5u + softRow % 16u / 4u) + softRow % 4u]));
+      var x1 = (vec4<f32>(scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((2u + softPart) % 8u) + 0u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((2u + softPart) % 8u) + 1u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((2u + softPart) % 8u) + 2u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((2u + softPart) % 8u) + 3u) * 5u + softRow % 16u / 4u) + softRow % 4u]));
+      var x2 = (vec4<f32>(scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((4u + softPart) % 8u) + 0u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((4u + softPart) % 8u) + 1u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((4u + softPart) % 8u) + 2u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((4u + softPart) % 8u) + 3u) * 5u + softRow % 16u / 4u) + softRow % 4u]));
+      var x3 = (vec4<f32>(scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((6u + softPart) % 8u) + 0u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((6u + softPart) % 8u) + 1u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((6u + softPart) % 8u) + 2u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((6u + softPart) % 8u) + 3u) * 5u + softRow % 16u / 4u) + softRow % 4u]));
       if (masking) {
         let row = i32(block.rowStart + softRow);
         let end = vec4<i32>(min(row + block.diagonalEnd, i32(block.columnEnd)));
@@ -398,6 +398,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
       blockTop = max(blockTop, max(max(x2.x, x2.y), max(x2.z, x2.w)));
       blockTop = max(blockTop, max(max(x3.x, x3.y), max(x3.z, x3.w)));
       blockTop = max(blockTop, subgroupShuffleXor(blockTop, 1u));
+      blockTop = select(blockTop * params.scaleLog2, MASKED, blockTop <= UNSEEN);
       var decay = 1.0;
       if (blockTop > rowTop + 8.0) {
         // What was summed so far is zero before the first visible key.
@@ -407,10 +408,10 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         rowSum *= decay;
       }
       if (softPart == 0u) { rowFactor[softRow] = decay; }
-      var p0 = exp2(x0 - rowTop);
-      var p1 = exp2(x1 - rowTop);
-      var p2 = exp2(x2 - rowTop);
-      var p3 = exp2(x3 - rowTop);
+      var p0 = exp2(fma(x0, vec4<f32>(params.scaleLog2), vec4<f32>(-rowTop)));
+      var p1 = exp2(fma(x1, vec4<f32>(params.scaleLog2), vec4<f32>(-rowTop)));
+      var p2 = exp2(fma(x2, vec4<f32>(params.scaleLog2), vec4<f32>(-rowTop)));
+      var p3 = exp2(fma(x3, vec4<f32>(params.scaleLog2), vec4<f32>(-rowTop)));
       if (masking) {
         p0 = select(p0, vec4<f32>(), x0 <= vec4<f32>(UNSEEN));
         p1 = select(p1, vec4<f32>(), x1 <= vec4<f32>(UNSEEN));

@@ -532,6 +532,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
       exchanged[t] = blockTop;
       workgroupBarrier();
       blockTop = max(blockTop, exchanged[t ^ 1u]);
+
       var decay = 1.0;
       if (blockTop > rowTop + 8.0) {
         // What was summed so far is zero before the first visible key.

@@ -3,8 +3,9 @@
 //
 //   one workgroup = blockM × blockN of the result; each subgroup owns 16·rowFragments × 16·columnFragments of it
 //   the latent axis streams through workgroup memory `depth` at a time; the next slice waits in registers meanwhile
-//   workgroup memory in quads (128 × 256 × 32, 8 subgroups of 64 × 64: 37.4 KB):
-//     latents  blockM · (depth/8 + 1)    weights  depth · (blockN/8 + 1)    results  subgroups · 16 · 5
+//   workgroup memory in quads (128 × 256 × 32, 8 subgroups of 64 × 64: 46.0 KB), in an array for each row or column of
+//   subgroups, so that fragments lie at constant places (see matrix_attend.ts):
+//     latents  blockM · (depth/8 + 1)    weights  columns of subgroups · depth · (width/8 + 1)    results  subgroups · 16 · 9
 //
 // Sums past the largest half, 65,504, become that instead of infinity: keys that large decide the softmax either way.
 
