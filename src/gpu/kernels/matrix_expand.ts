@@ -7,6 +7,8 @@
 //     latents  blockM · (depth/8 + 1)    weights  depth · (blockN/8 + 1)    results  subgroups · 16 · 5
 //
 // Sums past the largest half, 65,504, become that instead of infinity: keys that large decide the softmax either way.
+//
+// A model's linear layers are the same product with one head, some in float32 or with a bias (src/gpu/linear.ts).
 
 import type { Capabilities } from "../capabilities.ts";
 import { halfRange, loadHalves, paddedWidth } from "./matrix_scratch.ts";
@@ -19,6 +21,7 @@ import {
   memoryBytes,
   subgroupSize,
 } from "./matrix_unit.ts";
+import { biasDeclaration } from "./expand.ts";
 import { indent, unroll } from "./register_tile.ts";
 import { storageDirectives, type StorageElement } from "./storage_element.ts";
 import { whyTooLarge } from "./workgroup_limits.ts";
@@ -47,6 +50,10 @@ export interface MatrixExpandShape {
   readonly headDim: number;
   /** Whether batch items of latents lie apart or overlap, so that finding a row takes a division. */
   readonly gapped: boolean;
+  /** How sums are stored. Default `halves`. */
+  readonly result?: "halves" | "floats";
+  /** Whether a row of float32 is added to each row of the result, which has no padding then. */
+  readonly bias?: boolean;
 }
 
 /** Quads from one row to the next of a result fragment that is stored by itself. */
@@ -98,6 +105,17 @@ export function wgsl(tile: MatrixExpandTile, shape: MatrixExpandShape, backend: 
   const depthQuads = depth / 8;
   const columnQuads = blockN / 8;
   const padded = paddedWidth(shape.headDim);
+  const floats = shape.result === "floats";
+  const sum = (part: string, offset: number) =>
+    `${unit.readQuad(results, part)}${shape.bias ? ` + biasAt(column${offset === 0 ? "" : ` + ${offset}u`})` : ""}`;
+  const stored = floats
+    ? `let at = (params.expandedBase + row * params.columns + column) / 4u;
+    expanded[at] = ${sum("part", 0)};
+    expanded[at + 1u] = ${sum("part + 1u", 4)};`
+    : `expanded[(params.expandedBase + row * params.columns + column) / 8u] = packHalves(
+      saturated(${sum("part", 0)}),
+      saturated(${sum("part + 1u", 4)}),
+    );`;
 
   const registersOf = (count: number) => Math.ceil(count / size);
   const pieces = (count: number, emit: (piece: string, i: number) => string) =>
@@ -169,14 +187,14 @@ struct Params {
   latentRows: u32,   // rows of a batch item
   latentGap: u32,    // further elements from one batch item to the next, modulo 2^32
   weightBase: u32,
-  expandedBase: u32, // halves from the scratch's start to the first row, a multiple of 8
+  expandedBase: u32, // ${floats ? "elements" : "halves"} from the scratch's start to the first row, a multiple of 8
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> latent: array<${shape.latent}>;
 @group(0) @binding(2) var<storage, read> weight: array<${shape.weight}>;
-@group(0) @binding(3) var<storage, read_write> expanded: array<vec4<u32>>; // halves
-
+@group(0) @binding(3) var<storage, read_write> expanded: array<${floats ? "vec4<f32>>;" : "vec4<u32>>; // halves"}
+${shape.bias ? biasDeclaration : ""}
 ${unit.declarations([latents, weights, results])}
 
 ${halfRange}
@@ -238,10 +256,7 @@ workgroupBarrier();
   let row = rowBase + (subgroupRow * ${rowFragments}u + ${r}) * 16u + lane / 2u;
   let column = columnBase + (subgroupColumn * ${columnFragments}u + ${n}) * 16u + lane % 2u * 8u;
   if (row < params.rows && column < params.columns) {
-    expanded[(params.expandedBase + row * params.columns + column) / 8u] = packHalves(
-      saturated(${unit.readQuad(results, "part")}),
-      saturated(${unit.readQuad(results, "part + 1u")}),
-    );
+    ${stored}
   }
 }
 workgroupBarrier();`)),
