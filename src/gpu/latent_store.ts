@@ -15,6 +15,7 @@ import { quadElements, rowQuads, type RowStorage } from "./kernels/absorbed_oper
 import * as append from "./kernels/append_latents.ts";
 import * as gather from "./kernels/gather_latents.ts";
 import * as place from "./kernels/place_rows.ts";
+import { checkBinding } from "./limit_checks.ts";
 
 /** The pages of one buffer. */
 export interface CacheShard {
@@ -121,15 +122,63 @@ export class GpuLatentStore implements CacheStore {
     first: number,
     count: number,
   ): Promise<{ readonly rows: GpuTensor; dispose(): void }> {
+    const { steps, rows, dispose, discard } = await this.#prepareGather(blockTable, [sequence], first, count);
+    try {
+      await steps.submit("read the cache");
+    } catch (error) {
+      discard();
+      throw error;
+    } finally {
+      steps.dispose();
+    }
+    return { rows, dispose };
+  }
+
+  async encodeGather(
+    encoder: GPUCommandEncoder,
+    blockTable: AnyIndexTensor,
+    sequences: readonly number[],
+    count: number,
+  ): Promise<{ readonly rows: GpuTensor; dispose(): void }> {
+    const { steps, rows, dispose, discard } = await this.#prepareGather(blockTable, sequences, 0, count);
+    try {
+      await steps.record(encoder, "read the cache");
+    } catch (error) {
+      discard();
+      steps.dispose();
+      throw error;
+    }
+    return {
+      rows,
+      dispose: () => {
+        dispose();
+        steps.dispose();
+      },
+    };
+  }
+
+  dispose(): void {
+    for (const { buffer } of this.shards) buffer.destroy();
+  }
+
+  /** Some keys of some sequences, `[sequences, count, L + R]`: their memory, and the kernels that fill it. */
+  async #prepareGather(
+    blockTable: AnyIndexTensor,
+    sequences: readonly number[],
+    first: number,
+    keys: number,
+  ): Promise<{ readonly steps: KernelSteps; readonly rows: GpuTensor; dispose(): void; discard(): void }> {
     const steps = new KernelSteps(this.#context);
     const width = this.layout.kvLoraRank + this.layout.qkRopeHeadDim;
     const stride = this.rowQuads * quadElements(this.storage);
+    const count = sequences.length * keys;
     // Not among what the steps borrow: the rows outlive them.
     const { buffers, device } = this.#context;
     const bytes = Math.max(16, count * this.rowQuads * 16);
+    checkBinding("gathered latents", bytes, this.#context.capabilities.limits);
     const gathered = buffers.acquire("storage", bytes);
     try {
-      const offsets = Array.from({ length: count }, (_, i) => [sequence, first + i]);
+      const offsets = sequences.flatMap((sequence) => Array.from({ length: keys }, (_, i) => [sequence, first + i]));
       const zeros = { data: new Int32Array(blockTable.shape[0]), shape: [blockTable.shape[0]] };
       const { places, before } = this.#places(steps, blockTable, zeros, offsets);
       const [shardPlaces, quads] = [this.layout.pageSize, this.rowQuads * quadElements(this.storage) / 4];
@@ -145,34 +194,32 @@ export class GpuLatentStore implements CacheStore {
         workgroups: [Math.min(copyWorkgroups, Math.ceil(count * quads / gather.workgroupSize))],
       }));
       await steps.bind("read the cache", [...before, ...kernels]);
-      await steps.submit("read the cache");
     } catch (error) {
       buffers.discard(gathered);
-      throw error;
-    } finally {
       steps.dispose();
+      throw error;
     }
-    const dtype = this.layout.dtype;
     let disposed = false;
     const rows: GpuTensor = {
       buffer: gathered,
-      shape: [1, count, width],
-      strides: [count * stride, stride, 1],
-      dtype,
+      shape: [sequences.length, keys, width],
+      strides: [keys * stride, stride, 1],
+      dtype: this.layout.dtype,
       device,
       get disposed() {
         return disposed;
       },
     };
-    const dispose = () => {
-      if (!disposed) buffers.release("storage", gathered);
+    const end = (give: () => void) => () => {
+      if (!disposed) give();
       disposed = true;
     };
-    return { rows, dispose };
-  }
-
-  dispose(): void {
-    for (const { buffer } of this.shards) buffer.destroy();
+    return {
+      steps,
+      rows,
+      dispose: end(() => buffers.release("storage", gathered)),
+      discard: end(() => buffers.discard(gathered)),
+    };
   }
 
   /** Where rows are: by the host, or by a kernel that runs before. */
