@@ -6,7 +6,7 @@ import {
   type MlaLayerCacheOptions,
   reserveTokens,
 } from "./layer/layer_cache.ts";
-import { layerCall, type LayerCallOptions } from "./layer/layer_call.ts";
+import { heldOptions, layerCall, type LayerCallOptions } from "./layer/layer_call.ts";
 import { gpuLayer } from "./layer/gpu_layer.ts";
 import type { LayerTarget, LayerTuning } from "./layer/layer_target.ts";
 import { layerWeights, type MlaWeights } from "./layer/layer_weights.ts";
@@ -204,9 +204,10 @@ export class MlaAttention {
     }
     const { cache, cfg, decodeCfg, executor, decodeExecutor, onEvent } = options;
     const tuning = { cfg, decodeCfg, executor, decodeExecutor, onEvent };
+    const asked = heldOptions(options);
     const target = this.#target;
     if (cache === undefined) {
-      const call = layerCall(hiddenStates, options, this.config, this);
+      const call = layerCall(hiddenStates, asked, this.config, this);
       checkDevice(hiddenStates, target);
       return await target.forward(holdTensor(hiddenStates), call, undefined, tuning) as ResultLike<Input>;
     }
@@ -214,7 +215,7 @@ export class MlaAttention {
     layerCacheInside(cache);
     return await inTurn(cache, async () => {
       this.#checkAlive();
-      const call = layerCall(hiddenStates, options, this.config, this);
+      const call = layerCall(hiddenStates, asked, this.config, this);
       checkDevice(hiddenStates, target);
       const added = call.tokenStarts.slice(1).map((end, s) => end - call.tokenStarts[s]);
       const reserved = reserveTokens(cache, added);

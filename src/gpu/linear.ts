@@ -55,6 +55,18 @@ export interface LinearRows {
   readonly gap?: number;
 }
 
+/** Dense rows from a buffer's start on. */
+export function plainRows(buffer: GPUBuffer, dtype: StorageType, count: number, row: number): LinearRows {
+  return {
+    buffer,
+    dtype,
+    size: Math.min(buffer.size, Math.max(16, Math.ceil(count * row * (dtype === "f16" ? 2 : 4) / 16) * 16)),
+    base: 0,
+    row,
+    count,
+  };
+}
+
 /** The kernels that there are. */
 export type LinearKernel = "few" | "matrix" | "tiles";
 

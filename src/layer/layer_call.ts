@@ -98,6 +98,15 @@ export function layerCall(
   return { batch, length, tokenStarts, cuSeqlens, before, positions, causal, formulations };
 }
 
+/** The options as they are now: a call on a cache may wait for others, and lists may be written to meanwhile. */
+export function heldOptions({ cache, positions, cuSeqlens, causal, formulation }: LayerCallOptions): LayerCallOptions {
+  return {
+    ...{ cache, causal, formulation },
+    positions: positions === undefined ? undefined : flat(positions),
+    cuSeqlens: cuSeqlens === undefined || typeof cuSeqlens !== "object" ? cuSeqlens : Array.from(cuSeqlens),
+  };
+}
+
 function keysBefore(cache: MlaLayerCache, added: readonly number[], owner: object, packed: boolean): number[] {
   if (!(cache instanceof MlaLayerCache)) fail(`cache must be one that createCache() made, got ${kindOf(cache)}`);
   const inside = layerCacheInside(cache);
