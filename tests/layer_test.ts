@@ -15,14 +15,16 @@ import {
   toHost,
   viewOnGpu,
 } from "../mod.ts";
-import { gpuContext } from "../src/gpu/device.ts";
 import { referenceMlaLayer } from "../src/reference/mla_layer.ts";
-import { skip, skipEmulation, testContext } from "./support/gpu.ts";
+import { openTestDevice, skip, smallConfig, smallDecodeConfig, testContext } from "./support/gpu.ts";
 import { inChunks, randomStates, tokensOf, upTo } from "./support/layer_runs.ts";
 import { assertClose } from "./support/metrics.ts";
 import { plainLayer, randomWeights, smallConfigs } from "./support/random_layer.ts";
 
 const bounds = { relL2: 2e-5 };
+
+/** Configurations that software adapters compile in seconds. */
+const small = { cfg: smallConfig, decodeCfg: smallDecodeConfig };
 
 /** Rows of hidden states through the layer written out, from position 0 on. */
 function written(
@@ -54,6 +56,7 @@ function packed(sequences: readonly Tensor[]): { readonly hiddenStates: Tensor; 
 
 for (const platform of ["reference", "webgpu"] as const) {
   describe(`MlaAttention on ${platform}`, { skip: platform === "webgpu" && skip }, () => {
+    const tuning = platform === "webgpu" ? small : {};
     const load = async (file: Readonly<Record<string, unknown>>, seed = 1, dtype: "f32" | "f16" = "f32") => {
       if (platform === "webgpu") await testContext();
       const config = mlaModelConfig(file);
@@ -69,10 +72,10 @@ for (const platform of ["reference", "webgpu"] as const) {
         for (const formulation of ["absorbed", "expanded"] as const) {
           for (const ends of [[9], [4, 5, 9], upTo(0, 9)]) {
             using cache = await layer.createCache({ batch: 2, length: 9, pageSize: 4 });
-            const output = await inChunks(layer, hiddenStates, ends, { cache, formulation });
+            const output = await inChunks(layer, hiddenStates, ends, { ...tuning, cache, formulation });
             assertClose(output, expected, bounds, `${name}, ${formulation}, in chunks to ${ends}`);
           }
-          const alone = await layer.forward(hiddenStates, { formulation });
+          const alone = await layer.forward(hiddenStates, { ...tuning, formulation });
           assertClose(alone, expected, bounds, `${name}, ${formulation}, without a cache`);
         }
         layer.dispose();
@@ -86,19 +89,22 @@ for (const platform of ["reference", "webgpu"] as const) {
       const both: Tensor[][] = [];
       for (const [s, prompt] of prompts.entries()) {
         using cache = await layer.createCache({ batch: 1, length: 9, pageSize: 2 });
-        both.push([await layer.forward(prompt, { cache }), await layer.forward(steps[s], { cache })]);
+        both.push([
+          await layer.forward(prompt, { ...tuning, cache }),
+          await layer.forward(steps[s], { ...tuning, cache }),
+        ]);
       }
       for (const formulation of ["auto", "absorbed", "expanded"] as const) {
         using cache = await layer.createCache({ batch: 4, length: 9, pageSize: 2 });
         for (const [turn, sequences] of [prompts, steps].entries()) {
           const { hiddenStates, cuSeqlens } = packed(sequences);
-          const output = await layer.forward(hiddenStates, { cache, cuSeqlens, formulation });
+          const output = await layer.forward(hiddenStates, { ...tuning, cache, cuSeqlens, formulation });
           const expected = packed(both.map((outputs) => outputs[turn])).hiddenStates;
           assertClose(output, expected, bounds, `${formulation}, turn ${turn}`);
         }
         assertEquals([...cache.lengths], [6, 3, 1, 9]);
         const { hiddenStates, cuSeqlens } = packed(prompts);
-        const alone = await layer.forward(hiddenStates, { cuSeqlens, formulation });
+        const alone = await layer.forward(hiddenStates, { ...tuning, cuSeqlens, formulation });
         const expected = packed(both.map(([prompt]) => prompt)).hiddenStates;
         assertClose(alone, expected, bounds, `${formulation}, without a cache`);
       }
@@ -111,14 +117,14 @@ for (const platform of ["reference", "webgpu"] as const) {
       const next = randomStates(40, 2, 2, config.hiddenSize);
       const expected = await Promise.all(states.map(async (prompt, s) => {
         using cache = await layer.createCache({ batch: 1, length: 8 });
-        await layer.forward(prompt, { cache });
+        await layer.forward(prompt, { ...tuning, cache });
         const own = { data: next.data.slice(s * 2 * config.hiddenSize, (s + 1) * 2 * config.hiddenSize) };
-        return await layer.forward({ ...own, shape: [1, 2, config.hiddenSize] }, { cache });
+        return await layer.forward({ ...own, shape: [1, 2, config.hiddenSize] }, { ...tuning, cache });
       }));
       for (const formulation of ["absorbed", "expanded"] as const) {
         using cache = await layer.createCache({ batch: 2, length: 8 });
-        await layer.forward(packed(states).hiddenStates, { cache, cuSeqlens: packed(states).cuSeqlens });
-        const { data } = await layer.forward(next, { cache, formulation });
+        await layer.forward(packed(states).hiddenStates, { ...tuning, cache, cuSeqlens: packed(states).cuSeqlens });
+        const { data } = await layer.forward(next, { ...tuning, cache, formulation });
         const { hiddenStates } = packed(expected);
         assertClose({ data, shape: hiddenStates.shape }, hiddenStates, bounds, formulation);
       }
@@ -136,12 +142,19 @@ for (const platform of ["reference", "webgpu"] as const) {
         Int32Array.from(rows.flat()),
         { data: Int32Array.from(rows.flat()), shape: [2, 4] },
       ];
-      for (const positions of forms) assertClose(await layer.forward(hiddenStates, { positions }), expected, bounds);
-      const one = await layer.forward(hiddenStates, { positions: rows[0] });
+      for (const positions of forms) {
+        assertClose(await layer.forward(hiddenStates, { ...tuning, positions }), expected, bounds);
+      }
+      const one = await layer.forward(hiddenStates, { ...tuning, positions: rows[0] });
       assertClose(one, referenceMlaLayer({ hiddenStates, weights, positions: rows[0] }, config).output, bounds);
       assertThrows(() => assertClose(one, expected, { relL2: 1e-3 }));
       using cache = await layer.createCache({ batch: 2, length: 12 });
-      assertClose(await layer.forward(hiddenStates, { cache, positions: rows }), expected, bounds, "with a cache");
+      assertClose(
+        await layer.forward(hiddenStates, { ...tuning, cache, positions: rows }),
+        expected,
+        bounds,
+        "with a cache",
+      );
       layer.dispose();
     });
 
@@ -155,7 +168,7 @@ for (const platform of ["reference", "webgpu"] as const) {
       const states = [4, 9].map((length, i) => randomStates(50 + i, 1, length, config.hiddenSize));
       const { hiddenStates, cuSeqlens } = packed(states);
       const expected = packed(states.map((each) => written(each, weights, file))).hiddenStates;
-      assertClose(await layer.forward(hiddenStates, { cuSeqlens }), expected, bounds);
+      assertClose(await layer.forward(hiddenStates, { ...tuning, cuSeqlens }), expected, bounds);
       layer.dispose();
     });
 
@@ -166,9 +179,9 @@ for (const platform of ["reference", "webgpu"] as const) {
       const short = randomStates(4, 1, 5, config.hiddenSize);
       const long = randomStates(5, 1, 6, config.hiddenSize);
       for (const states of [short, long]) {
-        assertClose(await layer.forward(states), written(states, weights, file), bounds);
+        assertClose(await layer.forward(states, tuning), written(states, weights, file), bounds);
       }
-      const { data } = await layer.forward(long, { positions: [0, 1, 2, 3, 4, 4] });
+      const { data } = await layer.forward(long, { ...tuning, positions: [0, 1, 2, 3, 4, 4] });
       const shortened = { data, shape: long.shape };
       assertThrows(() => assertClose(shortened, written(long, weights, file), { relL2: 1e-3 }));
       layer.dispose();
@@ -179,7 +192,12 @@ for (const platform of ["reference", "webgpu"] as const) {
       const hiddenStates = randomStates(6, 2, 5, config.hiddenSize);
       const expected = referenceMlaLayer({ hiddenStates, weights, causal: false }, config).output;
       for (const formulation of ["absorbed", "expanded"] as const) {
-        assertClose(await layer.forward(hiddenStates, { causal: false, formulation }), expected, bounds, formulation);
+        assertClose(
+          await layer.forward(hiddenStates, { ...tuning, causal: false, formulation }),
+          expected,
+          bounds,
+          formulation,
+        );
       }
       assertThrows(() =>
         assertClose(referenceMlaLayer({ hiddenStates, weights }, config).output, expected, { relL2: 1e-3 })
@@ -203,10 +221,10 @@ for (const platform of ["reference", "webgpu"] as const) {
         for (const formulation of ["absorbed", "expanded"] as const) {
           using cache = await layer.createCache({ batch: 2, length: 9 });
           assertEquals(cache.dtype, "f16");
-          const output = await inChunks(layer, states, [4, 8, 9], { cache, formulation });
+          const output = await inChunks(layer, states, [4, 8, 9], { ...tuning, cache, formulation });
           assertClose(output, expected, { relL2: 3e-3, cosDiff: 5e-6 }, `${name}, ${formulation}`);
         }
-        const output: F16Tensor = await layer.forward(halves);
+        const output: F16Tensor = await layer.forward(halves, tuning);
         assertEquals(output.dtype, "f16");
         assertClose(output, expected, { relL2: 3e-3, cosDiff: 5e-6 }, `${name}, halves in and out`);
         layer.dispose();
@@ -217,14 +235,14 @@ for (const platform of ["reference", "webgpu"] as const) {
       const { config, weights, layer } = await load(smallConfigs.glm4_moe_lite);
       const hiddenStates = randomStates(8, 1, 6, config.hiddenSize);
       using cache = await layer.createCache({ batch: 1, length: 6, dtype: "f16" });
-      const output = await inChunks(layer, hiddenStates, [3, 6], { cache });
+      const output = await inChunks(layer, hiddenStates, [3, 6], { ...tuning, cache });
       assertClose(output, written(hiddenStates, weights, smallConfigs.glm4_moe_lite), { relL2: 3e-3, cosDiff: 5e-6 });
-      const nothing = await layer.forward(tokensOf(hiddenStates, 0, 0), { cache });
+      const nothing = await layer.forward(tokensOf(hiddenStates, 0, 0), { ...tuning, cache });
       assertEquals([nothing.shape, nothing.data.length], [[1, 0, config.hiddenSize], 0]);
       assertEquals([...cache.lengths], [6]);
       cache.reset();
       assertEquals([...cache.lengths], [0]);
-      const again = await layer.forward(hiddenStates, { cache });
+      const again = await layer.forward(hiddenStates, { ...tuning, cache });
       assertClose(again, output, { relL2: 3e-3 });
       layer.dispose();
     });
@@ -233,7 +251,7 @@ for (const platform of ["reference", "webgpu"] as const) {
       const { config, weights, layer } = await load(smallConfigs.kimi_k2);
       const hiddenStates = randomStates(9, 1, 6, config.hiddenSize);
       using cache = await layer.createCache({ batch: 1, length: 6 });
-      const parts = upTo(0, 6).map((end) => layer.forward(tokensOf(hiddenStates, end - 1, end), { cache }));
+      const parts = upTo(0, 6).map((end) => layer.forward(tokensOf(hiddenStates, end - 1, end), { ...tuning, cache }));
       const output = packed(await Promise.all(parts)).hiddenStates;
       assertClose(output, written(hiddenStates, weights, smallConfigs.kimi_k2), bounds);
       layer.dispose();
@@ -252,7 +270,7 @@ describe("MlaAttention on the GPU", { skip }, () => {
     const hiddenStates = randomStates(2, 2, 5, width);
     const expected = written(hiddenStates, weights, file);
     using dense = await toGpu(hiddenStates);
-    using output = await layer.forward(dense);
+    using output = await layer.forward(dense, small);
     assertClose(await toHost(output), expected, bounds, "dense");
     // Rows of 27 elements, seven rows to an item, beginning at the second element.
     const [row, item] = [27, 7 * 27];
@@ -263,16 +281,16 @@ describe("MlaAttention on the GPU", { skip }, () => {
     }
     using whole = await toGpu({ data: spread, shape: [2 * item] });
     const view = viewOnGpu(whole, { shape: [2, 5, width], offset: 1, strides: [item, row, 1] });
-    using strided = await layer.forward(view);
+    using strided = await layer.forward(view, small);
     assertClose(await toHost(strided), expected, bounds, "strided");
     using cache = await layer.createCache({ batch: 2, length: 5 });
     for (const end of upTo(0, 5)) {
       const one = viewOnGpu(whole, { shape: [2, 1, width], offset: 1 + (end - 1) * row, strides: [item, row, 1] });
-      using step = await layer.forward(one, { cache });
+      using step = await layer.forward(one, { ...small, cache });
       assertClose(await toHost(step), tokensOf(expected, end - 1, end), bounds, `token ${end}`);
     }
     using halves = await toGpu(toHalves(hiddenStates));
-    using rounded = await layer.forward(halves);
+    using rounded = await layer.forward(halves, small);
     assertEquals(rounded.dtype, "f16");
     assertClose(await toHost(rounded), expected, { relL2: 3e-3 }, "halves");
     assert(context.buffers.lent > 0);
@@ -305,8 +323,23 @@ describe("MlaAttention on the GPU", { skip }, () => {
     }
   });
 
-  test("a device with default limits and no features computes the same", { skip: skipEmulation }, async () => {
-    const { capabilities } = await gpuContext();
-    assert(capabilities.f16);
+  test("a device with default limits and no features computes the same, from halves and to halves", async () => {
+    const device = await openTestDevice();
+    const file = smallConfigs["deepseek_v2, one projection, biases"];
+    const config = mlaModelConfig(file);
+    const weights = randomWeights(config, 1);
+    const hiddenStates = randomStates(2, 1, 5, config.hiddenSize);
+    const expected = written(hiddenStates, weights, file);
+    using layer = await MlaAttention.load(file, weights, { device, dtype: "f16" });
+    assertEquals([layer.platform, layer.device], ["webgpu", device]);
+    using cache = await layer.createCache({ batch: 1, length: 5 });
+    const quiet = { ...small, onEvent: () => {} };
+    using states = await toGpu(toHalves(hiddenStates), device);
+    using output = await layer.forward(states, { ...quiet, cache });
+    assertEquals(output.dtype, "f16");
+    assertClose(await toHost(output), expected, { relL2: 3e-3, cosDiff: 5e-6 }, "on the GPU");
+    const host = await layer.forward(toHalves(hiddenStates), quiet);
+    assertClose(host, expected, { relL2: 3e-3, cosDiff: 5e-6 }, "on the host");
+    device.destroy();
   });
 });
