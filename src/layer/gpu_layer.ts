@@ -100,17 +100,7 @@ class GpuLayer implements LayerTarget {
     try {
       output = await allocated(context, hiddenStates.shape, dtype);
       await this.#record(recorded, hiddenStates, call, cache, tuning, output);
-      // Asked in the turn of the submission: what was disposed of may be another tensor's memory by now.
-      const checkAlive = () => {
-        const gone = [
-          ...(resident && hiddenStates.disposed === true ? ["hiddenStates"] : []),
-          ...(cache?.disposed ? ["cache"] : []),
-          ...(this.#disposed ? ["the layer"] : []),
-        ];
-        if (gone.length === 0) return;
-        const why = `${gone[0]} was disposed of while the call was under way; await it first`;
-        throw new FlashMLAError("invalid-input", `Cannot run the layer: ${why}`);
-      };
+      const checkAlive = () => this.#checkAlive(hiddenStates, cache);
       if (resident) {
         await submit(context, encoder, "run the layer", checkAlive);
         return output;
@@ -124,10 +114,27 @@ class GpuLayer implements LayerTarget {
       output?.dispose();
       // Any of the buffers may be one that the device refused: nobody may get it from the pool.
       recorded.steps.splice(0).forEach((steps) => steps.discard());
+      // What is gone is the reason, whoever stumbled over it.
+      this.#checkAlive(hiddenStates, cache);
       throw foreignBuffer("run the layer", error) ?? error;
     } finally {
       for (const part of [...recorded.steps, ...recorded.held]) part.dispose();
     }
+  }
+
+  /**
+   * Throws when something was disposed of meanwhile: its memory may be another tensor's by now. To be asked in the turn of the
+   * submission, which the memory outlives.
+   */
+  #checkAlive(hiddenStates: AnyTensor, cache: MlaLayerCache | undefined): void {
+    const gone = [
+      ...(isGpuTensor(hiddenStates) && hiddenStates.disposed === true ? ["hiddenStates"] : []),
+      ...(cache?.disposed ? ["cache"] : []),
+      ...(this.#disposed ? ["the layer"] : []),
+    ];
+    if (gone.length === 0) return;
+    const why = `${gone[0]} was disposed of while the call was under way; await it first`;
+    throw new FlashMLAError("invalid-input", `Cannot run the layer: ${why}`);
   }
 
   /** Records the whole layer. */

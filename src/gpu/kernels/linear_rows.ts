@@ -1,8 +1,9 @@
 // A linear layer of a few rows, as decoding has them: rows [M, K] × weight [K, N], M up to a handful.
 //
 //   one workgroup = columnQuads quads of columns × up to `rows` rows; 256 invocations
-//   invocation (lane, quad) sums every (256 / columnQuads)-th run of four weight rows, then the lanes are added up in halves
-//   workgroup memory: rows · 128 vec4   (8 rows: 16 KiB, the default limit)
+//   invocation (lane, quad) sums every (256 / columnQuads)-th run of four weight rows; the lanes are added up in the end, the
+//   sums of four rows at a time
+//   workgroup memory: min(rows, 4) · 256 vec4   (4 rows and more: 16 KiB, the default limit)
 //
 // What counts is that each weight is read once, by neighbours along its rows: 16 quads are 256 bytes in float32 and 128 in
 // halves. Narrow layers take fewer quads to a workgroup, so that there are enough workgroups to draw on the memory.
@@ -36,6 +37,9 @@ export interface LinearRowsShape {
 /** Invocations of a workgroup. */
 export const workgroupSize = 256;
 
+/** Rows whose sums are in workgroup memory at a time. */
+const roundRows = 4;
+
 /** Workgroups that keep a data-centre card's memory busy. */
 const wantedWorkgroups = 128;
 
@@ -48,12 +52,13 @@ export function linearRowsTile(rows: number, columns: number): LinearRowsTile {
 
 /** Bytes of workgroup memory that the kernel declares. */
 export function workgroupBytes({ rows }: LinearRowsTile): number {
-  return rows * 16 * workgroupSize / 2;
+  return Math.min(rows, roundRows) * 16 * workgroupSize;
 }
 
 /** The kernel's source. Workgroups: columns along x, rows along y. */
 export function wgsl({ columnQuads, rows }: LinearRowsTile, shape: LinearRowsShape): string {
   const lanes = workgroupSize / columnQuads;
+  const held = Math.min(rows, roundRows);
   const everyRow = (emit: (r: number) => string) => unroll(rows, emit);
   const everyStep = (emit: (j: number) => string) => unroll(4, emit);
   return `${storageDirectives([shape.left, shape.weight, shape.result])}// Up to ${rows} row(s) × a weight, ${
@@ -78,7 +83,7 @@ struct Params {
 @group(0) @binding(2) var<storage, read> weight: array<${shape.weight}>;
 @group(0) @binding(3) var<storage, read_write> result: array<${shape.result}>;
 ${shape.bias ? biasDeclaration : ""}
-var<workgroup> sums: array<array<vec4<f32>, ${workgroupSize / 2}>, ${rows}>;
+var<workgroup> sums: array<array<vec4<f32>, ${workgroupSize}>, ${held}>;
 
 fn loadLeft(row: u32, k: u32) -> vec4<f32> {
   let offset = params.leftBase + row * params.leftRow${
@@ -91,6 +96,23 @@ fn loadLeft(row: u32, k: u32) -> vec4<f32> {
 fn loadWeight(k: u32, column: u32) -> vec4<f32> {
   let offset = min(k, params.depth - 1u) * params.columns;
   return ${load4("weight", shape.weight, "offset", "column", "params.columns")};
+}
+
+fn store(row: u32, column: u32, sum: vec4<f32>) {
+  if (row >= params.rows) { return; }
+${
+    indent(
+      store4(
+        "result",
+        shape.result,
+        "row * params.columns",
+        "column",
+        "params.columns",
+        shape.bias ? "(sum + biasAt(column))" : "sum",
+      ),
+      2,
+    )
+  }
 }
 
 @compute @workgroup_size(${workgroupSize})
@@ -112,35 +134,18 @@ ${
   }
     }
   }
-  for (var part = LANES / 2u; part > 0u; part /= 2u) {
-    if (lane >= part && lane < 2u * part) {
-${indent(everyRow((r) => `sums[${r}][(lane - part) * QUADS + quad] = sum${r};`), 6)}
-    }
-    workgroupBarrier();
-    if (lane < part) {
-${indent(everyRow((r) => `sum${r} += sums[${r}][lane * QUADS + quad];`), 6)}
-    }
-    workgroupBarrier();
-  }
-  if (lane > 0u || column >= params.columns) { return; }
 ${
-    everyRow((r) =>
-      `  if (firstRow + ${r}u < params.rows) {
-${
-        indent(
-          store4(
-            "result",
-            shape.result,
-            `(firstRow + ${r}u) * params.columns`,
-            "column",
-            "params.columns",
-            shape.bias ? `(sum${r} + biasAt(column))` : `sum${r}`,
-          ),
-          4,
-        )
+    unroll(Math.ceil(rows / held), (round) =>
+      `${round === 0 ? "" : "  workgroupBarrier();\n"}${
+        unroll(held, (i) =>
+          `  sums[${i}][t] = sum${round * held + i};`)
       }
-  }`
-    )
+  workgroupBarrier();
+  if (t < ${held}u * QUADS) {
+    var total = vec4<f32>();
+    for (var i = 0u; i < LANES; i += 1u) { total += sums[t / QUADS][i * QUADS + t % QUADS]; }
+    store(firstRow + ${round * held}u + t / QUADS, 4u * (workgroup.x * QUADS + t % QUADS), total);
+  }`)
   }
 }
 `;
