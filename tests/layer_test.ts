@@ -88,14 +88,14 @@ for (const platform of ["reference", "webgpu"] as const) {
       const steps = [1, 3, 0, 2].map((length, i) => randomStates(20 + i, 1, length, config.hiddenSize));
       const both: Tensor[][] = [];
       for (const [s, prompt] of prompts.entries()) {
-        using cache = await layer.createCache({ batch: 1, length: 9, pageSize: 2 });
+        using cache = await layer.createCache({ batch: 1, length: 9, pageSize: 4 });
         both.push([
           await layer.forward(prompt, { ...tuning, cache }),
           await layer.forward(steps[s], { ...tuning, cache }),
         ]);
       }
       for (const formulation of ["auto", "absorbed", "expanded"] as const) {
-        using cache = await layer.createCache({ batch: 4, length: 9, pageSize: 2 });
+        using cache = await layer.createCache({ batch: 4, length: 9, pageSize: 4 });
         for (const [turn, sequences] of [prompts, steps].entries()) {
           const { hiddenStates, cuSeqlens } = packed(sequences);
           const output = await layer.forward(hiddenStates, { ...tuning, cache, cuSeqlens, formulation });
@@ -116,13 +116,13 @@ for (const platform of ["reference", "webgpu"] as const) {
       const states = [4, 6].map((length, i) => randomStates(30 + i, 1, length, config.hiddenSize));
       const next = randomStates(40, 2, 2, config.hiddenSize);
       const expected = await Promise.all(states.map(async (prompt, s) => {
-        using cache = await layer.createCache({ batch: 1, length: 8 });
+        using cache = await layer.createCache({ batch: 1, length: 8, pageSize: 4 });
         await layer.forward(prompt, { ...tuning, cache });
         const own = { data: next.data.slice(s * 2 * config.hiddenSize, (s + 1) * 2 * config.hiddenSize) };
         return await layer.forward({ ...own, shape: [1, 2, config.hiddenSize] }, { ...tuning, cache });
       }));
       for (const formulation of ["absorbed", "expanded"] as const) {
-        using cache = await layer.createCache({ batch: 2, length: 8 });
+        using cache = await layer.createCache({ batch: 2, length: 8, pageSize: 4 });
         await layer.forward(packed(states).hiddenStates, { ...tuning, cache, cuSeqlens: packed(states).cuSeqlens });
         const { data } = await layer.forward(next, { ...tuning, cache, formulation });
         const { hiddenStates } = packed(expected);
@@ -148,7 +148,7 @@ for (const platform of ["reference", "webgpu"] as const) {
       const one = await layer.forward(hiddenStates, { ...tuning, positions: rows[0] });
       assertClose(one, referenceMlaLayer({ hiddenStates, weights, positions: rows[0] }, config).output, bounds);
       assertThrows(() => assertClose(one, expected, { relL2: 1e-3 }));
-      using cache = await layer.createCache({ batch: 2, length: 12 });
+      using cache = await layer.createCache({ batch: 2, length: 12, pageSize: 4 });
       assertClose(
         await layer.forward(hiddenStates, { ...tuning, cache, positions: rows }),
         expected,
@@ -219,7 +219,7 @@ for (const platform of ["reference", "webgpu"] as const) {
         const states = toFloats(halves);
         const expected = referenceMlaLayer({ hiddenStates: states, weights: rounded }, config).output;
         for (const formulation of ["absorbed", "expanded"] as const) {
-          using cache = await layer.createCache({ batch: 2, length: 9 });
+          using cache = await layer.createCache({ batch: 2, length: 9, pageSize: 4 });
           assertEquals(cache.dtype, "f16");
           const output = await inChunks(layer, states, [4, 8, 9], { ...tuning, cache, formulation });
           assertClose(output, expected, { relL2: 3e-3, cosDiff: 5e-6 }, `${name}, ${formulation}`);
@@ -234,7 +234,7 @@ for (const platform of ["reference", "webgpu"] as const) {
     test("a cache may be of halves while the layer is float32, and empty calls change nothing", async () => {
       const { config, weights, layer } = await load(smallConfigs.glm4_moe_lite);
       const hiddenStates = randomStates(8, 1, 6, config.hiddenSize);
-      using cache = await layer.createCache({ batch: 1, length: 6, dtype: "f16" });
+      using cache = await layer.createCache({ batch: 1, length: 6, pageSize: 4, dtype: "f16" });
       const output = await inChunks(layer, hiddenStates, [3, 6], { ...tuning, cache });
       assertClose(output, written(hiddenStates, weights, smallConfigs.glm4_moe_lite), { relL2: 3e-3, cosDiff: 5e-6 });
       const nothing = await layer.forward(tokensOf(hiddenStates, 0, 0), { ...tuning, cache });
@@ -250,7 +250,7 @@ for (const platform of ["reference", "webgpu"] as const) {
     test("calls on one cache run one after another", async () => {
       const { config, weights, layer } = await load(smallConfigs.kimi_k2);
       const hiddenStates = randomStates(9, 1, 6, config.hiddenSize);
-      using cache = await layer.createCache({ batch: 1, length: 6 });
+      using cache = await layer.createCache({ batch: 1, length: 6, pageSize: 4 });
       const parts = upTo(0, 6).map((end) => layer.forward(tokensOf(hiddenStates, end - 1, end), { ...tuning, cache }));
       const output = packed(await Promise.all(parts)).hiddenStates;
       assertClose(output, written(hiddenStates, weights, smallConfigs.kimi_k2), bounds);
@@ -283,7 +283,7 @@ describe("MlaAttention on the GPU", { skip }, () => {
     const view = viewOnGpu(whole, { shape: [2, 5, width], offset: 1, strides: [item, row, 1] });
     using strided = await layer.forward(view, small);
     assertClose(await toHost(strided), expected, bounds, "strided");
-    using cache = await layer.createCache({ batch: 2, length: 5 });
+    using cache = await layer.createCache({ batch: 2, length: 5, pageSize: 4 });
     for (const end of upTo(0, 5)) {
       const one = viewOnGpu(whole, { shape: [2, 1, width], offset: 1 + (end - 1) * row, strides: [item, row, 1] });
       using step = await layer.forward(one, { ...small, cache });
@@ -301,7 +301,7 @@ describe("MlaAttention on the GPU", { skip }, () => {
     const file = smallConfigs["deepseek_v2, yarn"];
     const config = mlaModelConfig(file);
     using layer = await MlaAttention.load(file, randomWeights(config, 1), { platform: "webgpu" });
-    using cache = await layer.createCache({ batch: 2, length: 64 });
+    using cache = await layer.createCache({ batch: 2, length: 64, pageSize: 4 });
     const { submit } = device.queue;
     let submissions = 0;
     device.queue.submit = function (commands) {
@@ -332,7 +332,7 @@ describe("MlaAttention on the GPU", { skip }, () => {
     const expected = written(hiddenStates, weights, file);
     using layer = await MlaAttention.load(file, weights, { device, dtype: "f16" });
     assertEquals([layer.platform, layer.device], ["webgpu", device]);
-    using cache = await layer.createCache({ batch: 1, length: 5 });
+    using cache = await layer.createCache({ batch: 1, length: 5, pageSize: 4 });
     const quiet = { ...small, onEvent: () => {} };
     using states = await toGpu(toHalves(hiddenStates), device);
     using output = await layer.forward(states, { ...quiet, cache });
