@@ -8,6 +8,7 @@ import {
   MlaAttention,
   type MlaForwardOptions,
   mlaModelConfig,
+  presets,
   type Tensor,
   toFloats,
   toGpu,
@@ -15,6 +16,7 @@ import {
   toHost,
   viewOnGpu,
 } from "../mod.ts";
+import { layerCall } from "../src/layer/layer_call.ts";
 import { referenceMlaLayer } from "../src/reference/mla_layer.ts";
 import { openTestDevice, skip, smallConfig, smallDecodeConfig, testContext } from "./support/gpu.ts";
 import { inChunks, randomStates, tokensOf, upTo } from "./support/layer_runs.ts";
@@ -53,6 +55,27 @@ function packed(sequences: readonly Tensor[]): { readonly hiddenStates: Tensor; 
   sequences.forEach((sequence, s) => data.set(sequence.data, cuSeqlens[s] * width));
   return { hiddenStates: { data, shape: [1, cuSeqlens.at(-1)!, width] }, cuSeqlens };
 }
+
+test("each sequence is computed in the way that needs fewer FLOPs, unless one is asked for", () => {
+  const config = mlaModelConfig(presets.deepseekV2Lite.config);
+  const states = (length: number) => randomStates(1, 1, length, config.hiddenSize);
+  const formulations = (cuSeqlens: readonly number[], options: MlaForwardOptions = {}) =>
+    layerCall(states(cuSeqlens.at(-1)!), { cuSeqlens, ...options }, config, {}).formulations;
+  // Without a prefix there are as many queries as keys.
+  assertEquals(formulations([0, 1, 1, 9]), ["expanded", "absorbed", "expanded"]);
+  assertEquals(formulations([0, 1, 9], { formulation: "absorbed" }), ["absorbed", "absorbed"]);
+});
+
+test("with long prefixes one token is absorbed, and a long chunk rebuilds keys", async () => {
+  const config = mlaModelConfig(smallConfigs.youtu);
+  const layer = await MlaAttention.load(config, randomWeights(config, 1), { platform: "reference" });
+  using cache = await layer.createCache({ batch: 2, length: 200 });
+  const chunk = randomStates(1, 1, 160, config.hiddenSize);
+  await layer.forward(chunk, { cache, cuSeqlens: [0, 40, 160] });
+  const next = randomStates(2, 1, 41, config.hiddenSize);
+  const { formulations, before } = layerCall(next, { cache, cuSeqlens: [0, 40, 41] }, config, layer);
+  assertEquals([formulations, before], [["expanded", "absorbed"], [40, 120]]);
+});
 
 for (const platform of ["reference", "webgpu"] as const) {
   describe(`MlaAttention on ${platform}`, { skip: platform === "webgpu" && skip }, () => {
