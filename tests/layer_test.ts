@@ -254,6 +254,35 @@ for (const platform of ["reference", "webgpu"] as const) {
       }
     });
 
+    test("odd widths everywhere, in float32 and in halves", async () => {
+      const file = {
+        ...smallConfigs["deepseek_v3, halves, biases"],
+        ...{
+          hidden_size: 25,
+          q_lora_rank: 7,
+          kv_lora_rank: 9,
+          qk_nope_head_dim: 5,
+          qk_rope_head_dim: 6,
+          v_head_dim: 7,
+        },
+      };
+      for (const dtype of ["f32", "f16"] as const) {
+        const { config, weights, layer } = await load(file, 4, dtype);
+        const hiddenStates = toFloats(toHalves(randomStates(11, 1, 19, config.hiddenSize)));
+        const expected = written(hiddenStates, weights, file);
+        const within = dtype === "f32" ? bounds : { relL2: 3e-3, cosDiff: 5e-6 };
+        for (const formulation of ["absorbed", "expanded"] as const) {
+          using cache = await layer.createCache({ batch: 1, length: 19, pageSize: 4 });
+          const output = await inChunks(layer, hiddenStates, [17, 18, 19], { ...tuning, cache, formulation });
+          assertClose(output, expected, within, `${dtype}, ${formulation}`);
+        }
+        if (dtype === "f16") {
+          assertClose(await layer.forward(toHalves(hiddenStates), tuning), expected, within, "halves");
+        }
+        layer.dispose();
+      }
+    });
+
     test("a cache may be of halves while the layer is float32, and empty calls change nothing", async () => {
       const { config, weights, layer } = await load(smallConfigs.glm4_moe_lite);
       const hiddenStates = randomStates(8, 1, 6, config.hiddenSize);

@@ -154,7 +154,9 @@ class GpuLayer implements LayerTarget {
     const input = await this.#input(recorded, hiddenStates);
     const before = this.#steps(recorded);
     const { query, rows, kernels } = layerProjections(before, this.#context, this.#config, this.#weights, {
-      ...{ input, call, rowDtype: cache?.dtype },
+      input,
+      call,
+      rowDtype: cache?.dtype,
     });
     await before.bind("run the layer", kernels);
     await before.record(encoder, "run the layer");
@@ -166,10 +168,11 @@ class GpuLayer implements LayerTarget {
     }
     const after = this.#steps(recorded);
     // Attention writes whole words.
+    const attendedType = H * V % 2 === 0 ? dtype : "f32";
     const attended: GpuTensor = {
-      buffer: after.borrow(bytesOf(count * H * V, "f32")),
+      buffer: after.borrow(bytesOf(count * H * V, attendedType)),
       shape: [call.batch, call.length, H, V],
-      dtype: H * V % 2 === 0 ? dtype : "f32",
+      dtype: attendedType,
       device: this.device,
     };
     const { wKc, wVc } = this.#weights;
@@ -182,7 +185,7 @@ class GpuLayer implements LayerTarget {
       held,
     );
 
-    const attendedRows = { ...plainRows(attended.buffer, attended.dtype, count, H * V) };
+    const attendedRows = plainRows(attended.buffer, attendedType, count, H * V);
     // Without half precision results in halves are packed behind.
     const packed = output.dtype === "f16" && !capabilities.f16;
     const result = packed

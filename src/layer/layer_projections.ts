@@ -51,7 +51,7 @@ export function layerProjections(
   ];
   let source: RotateWork["source"] = { ...wide, base: 0, row: width };
   if (queryUp !== null) {
-    const latent = { ...plainRows(wide.buffer, "f32", count, width) };
+    const latent = plainRows(wide.buffer, "f32", count, width);
     const result = { buffer: steps.borrow(linearBytes(count, queryUp, dtype)), dtype };
     kernels.push(...linearSteps(steps, capabilities, "q_b_proj", latent, queryUp, result));
     source = { ...result, base: 0, row: queryUp.outputs };
