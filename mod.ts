@@ -120,6 +120,13 @@ export { PersistentCache } from "./src/cache/persistent_cache.ts";
 export type { CacheHealth, PersistentCacheOptions } from "./src/cache/persistent_cache.ts";
 export type { CacheKey, CacheRecord, CandidateTiming } from "./src/cache/cache_record.ts";
 
+export { MlaAttention } from "./src/mla_attention_layer.ts";
+export type { MlaAttentionOptions, MlaForwardOptions } from "./src/mla_attention_layer.ts";
+export { MlaLayerCache } from "./src/layer/layer_cache.ts";
+export type { MlaLayerCacheOptions } from "./src/layer/layer_cache.ts";
+export type { LayerCallOptions, MlaPositions } from "./src/layer/layer_call.ts";
+export type { LayerTuning } from "./src/layer/layer_target.ts";
+export type { MlaWeights } from "./src/layer/layer_weights.ts";
 export { mlaModelConfig } from "./src/model/attention_config.ts";
 export type { MlaModelConfig, MlaModelType, QueryTemperature } from "./src/model/attention_config.ts";
 export type { ModelConfigFile } from "./src/model/config_fields.ts";

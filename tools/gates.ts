@@ -170,7 +170,9 @@ function testFiles(chosen: readonly string[]): string[] {
   if (chosen.length > 0) return [...chosen];
   const names = readdirSync("tests").filter((name) =>
     name.endsWith("_test.ts") &&
-    !(quick && /^(gpu|matrix|lse|merge|browser|demo|examples|train_example|generate_example|prefill)_/.test(name))
+    !(quick &&
+      /^(gpu|matrix|lse|merge|browser|demo|examples|train_example|generate_example|layer_example|layer_kernels|prefill)_/
+        .test(name))
   );
   return names.sort().map((name) => `tests/${name}`);
 }

@@ -14,9 +14,11 @@ import type { AttendShape } from "./kernels/attend_operands.ts";
 import * as expand from "./kernels/expand.ts";
 import * as expandBackward from "./kernels/expand_backward.ts";
 import * as headSum from "./kernels/head_sum.ts";
+import * as linearRows from "./kernels/linear_rows.ts";
 import * as mergeSplits from "./kernels/merge_splits.ts";
 import * as projectOutput from "./kernels/project_output.ts";
 import * as rowStats from "./kernels/row_stats.ts";
+import * as rotate from "./kernels/rotate.ts";
 import * as sinkGradient from "./kernels/sink_gradient.ts";
 import * as matrixAbsorbed from "./kernels/matrix_absorbed_attend.ts";
 import type { MatrixAbsorbedTile } from "./kernels/matrix_absorbed_layout.ts";
@@ -87,6 +89,16 @@ export function projectOutputSource(shape: projectOutput.ProjectOutputShape): st
 /** The expansion kernel. */
 export function expandSource(tile: expand.ExpandTile, shape: expand.ExpandShape): string {
   return remembered(`expand ${JSON.stringify([tile, shape])}`, () => expand.wgsl(tile, shape));
+}
+
+/** A linear layer of a few rows. */
+export function linearRowsSource(tile: linearRows.LinearRowsTile, shape: linearRows.LinearRowsShape): string {
+  return remembered(`linear rows ${JSON.stringify([tile, shape])}`, () => linearRows.wgsl(tile, shape));
+}
+
+/** The rotary embedding. */
+export function rotateSource(shape: rotate.RotateShape): string {
+  return remembered(`rotate ${JSON.stringify(shape)}`, () => rotate.wgsl(shape));
 }
 
 /** The attention kernel. */

@@ -103,6 +103,8 @@ export class KernelSteps {
             pipeline: compiled[i],
             workgroups,
             bindGroup: device.createBindGroup({
+              // Kernels alike share a pipeline: this is the name that tells them apart in captures.
+              label: `flash-mla ${label}`,
               layout: compiled[i].getBindGroupLayout(0),
               entries: Object.entries(bindings).flatMap(([binding, resource]) =>
                 resource === undefined ? [] : [{ binding: Number(binding), resource }]

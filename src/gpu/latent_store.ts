@@ -3,18 +3,18 @@
 import type { AppendStep, CacheStore } from "../op/decode_implementation.ts";
 import type { CacheLayout } from "../op/decode_problem.ts";
 import { FlashMLAError } from "../op/errors.ts";
-import { type AnyIndexTensor, isGpuIndex } from "../op/index_tensor.ts";
-import { placeOf } from "../op/sequence_places.ts";
+import type { AnyIndexTensor } from "../op/index_tensor.ts";
 import type { GpuTensor } from "../op/tensor.ts";
-import { boundIndices, boundTensor } from "./bound_tensor.ts";
+import { boundTensor } from "./bound_tensor.ts";
 import { BufferUsage } from "./buffers.ts";
+import { stridingWorkgroups } from "./decode_call.ts";
 import { type GpuContext, unlessLost } from "./device.ts";
 import { inErrorScopes } from "./error_scopes.ts";
+import { gatheredRows } from "./gathered_rows.ts";
 import { type KernelStep, KernelSteps } from "./kernel_steps.ts";
 import { quadElements, rowQuads, type RowStorage } from "./kernels/absorbed_operands.ts";
 import * as append from "./kernels/append_latents.ts";
-import * as gather from "./kernels/gather_latents.ts";
-import * as place from "./kernels/place_rows.ts";
+import { rowPlaces } from "./row_places.ts";
 
 /** The pages of one buffer. */
 export interface CacheShard {
@@ -25,9 +25,6 @@ export interface CacheShard {
   /** How many there are. */
   readonly pages: number;
 }
-
-/** Workgroups of kernels that stride over their work: enough to fill a device. */
-const copyWorkgroups = 2048;
 
 /** Pages of latents on a GPU. */
 export class GpuLatentStore implements CacheStore {
@@ -121,91 +118,53 @@ export class GpuLatentStore implements CacheStore {
     first: number,
     count: number,
   ): Promise<{ readonly rows: GpuTensor; dispose(): void }> {
-    const steps = new KernelSteps(this.#context);
-    const width = this.layout.kvLoraRank + this.layout.qkRopeHeadDim;
-    const stride = this.rowQuads * quadElements(this.storage);
-    // Not among what the steps borrow: the rows outlive them.
-    const { buffers, device } = this.#context;
-    const bytes = Math.max(16, count * this.rowQuads * 16);
-    const gathered = buffers.acquire("storage", bytes);
+    const { steps, rows, dispose, discard } = await gatheredRows(this.#context, this, {
+      blockTable,
+      sequences: [sequence],
+      first,
+      count,
+    });
     try {
-      const offsets = Array.from({ length: count }, (_, i) => [sequence, first + i]);
-      const zeros = { data: new Int32Array(blockTable.shape[0]), shape: [blockTable.shape[0]] };
-      const { places, before } = this.#places(steps, blockTable, zeros, offsets);
-      const [shardPlaces, quads] = [this.layout.pageSize, this.rowQuads * quadElements(this.storage) / 4];
-      const kernels = this.shards.map(({ buffer, firstPage, pages }): KernelStep => ({
-        label: "gather latents",
-        code: gather.wgsl(this.storage),
-        bindings: {
-          0: steps.params(Uint32Array.of(count, quads, firstPage * shardPlaces, pages * shardPlaces)),
-          1: places,
-          2: { buffer },
-          3: { buffer: gathered, size: bytes },
-        },
-        workgroups: [Math.min(copyWorkgroups, Math.ceil(count * quads / gather.workgroupSize))],
-      }));
-      await steps.bind("read the cache", [...before, ...kernels]);
       await steps.submit("read the cache");
     } catch (error) {
-      buffers.discard(gathered);
+      discard();
       throw error;
     } finally {
       steps.dispose();
     }
-    const dtype = this.layout.dtype;
-    let disposed = false;
-    const rows: GpuTensor = {
-      buffer: gathered,
-      shape: [1, count, width],
-      strides: [count * stride, stride, 1],
-      dtype,
-      device,
-      get disposed() {
-        return disposed;
+    return { rows, dispose };
+  }
+
+  async encodeGather(
+    encoder: GPUCommandEncoder,
+    blockTable: AnyIndexTensor,
+    sequences: readonly number[],
+    count: number,
+  ): Promise<{ readonly rows: GpuTensor; dispose(): void }> {
+    const { steps, rows, dispose, discard } = await gatheredRows(this.#context, this, {
+      blockTable,
+      sequences,
+      first: 0,
+      count,
+    });
+    try {
+      await steps.record(encoder, "read the cache");
+    } catch (error) {
+      discard();
+      steps.dispose();
+      throw error;
+    }
+    return {
+      rows,
+      dispose: () => {
+        dispose();
+        steps.dispose();
       },
     };
-    const dispose = () => {
-      if (!disposed) buffers.release("storage", gathered);
-      disposed = true;
-    };
-    return { rows, dispose };
   }
 
   dispose(): void {
     for (const { buffer } of this.shards) buffer.destroy();
-  }
-
-  /** Where rows are: by the host, or by a kernel that runs before. */
-  #places(
-    steps: KernelSteps,
-    blockTable: AnyIndexTensor,
-    seqLens: AnyIndexTensor,
-    rows: readonly (readonly number[])[],
-  ): { readonly places: GPUBufferBinding; readonly before: KernelStep[] } {
-    const { pageSize, pages } = this.layout;
-    const size = Math.max(16, 4 * rows.length);
-    if (!isGpuIndex(blockTable) && !isGpuIndex(seqLens)) {
-      const found = rows.map(([sequence, offset]) =>
-        placeOf(blockTable, sequence, seqLens.data[sequence] + offset, pageSize)
-      );
-      return { places: { buffer: steps.upload(Uint32Array.from(found)), size }, before: [] };
-    }
-    const places = { buffer: steps.borrow(size), size };
-    const table = boundIndices(steps, blockTable);
-    const lens = boundIndices(steps, seqLens);
-    const before: KernelStep = {
-      label: "place rows",
-      code: place.wgsl(pageSize),
-      bindings: {
-        0: steps.params(Uint32Array.of(rows.length, blockTable.shape[1], pages, table.base, lens.base)),
-        1: { buffer: steps.upload(Uint32Array.from(rows.flat())), size: Math.max(16, 8 * rows.length) },
-        2: table.binding,
-        3: lens.binding,
-        4: places,
-      },
-      workgroups: [Math.min(copyWorkgroups, Math.ceil(rows.length / place.workgroupSize))],
-    };
-    return { places, before: [before] };
   }
 
   async #prepareAppend({ rows, rowStarts, places, blockTable, seqLens, copies }: AppendStep): Promise<KernelSteps> {
@@ -240,7 +199,7 @@ export class GpuLatentStore implements CacheStore {
         )
         : [];
       const found = places === null
-        ? this.#places(steps, blockTable, seqLens, offsets)
+        ? rowPlaces(steps, this.layout, { blockTable, seqLens, rows: offsets })
         : { places: { buffer: steps.upload(places), size: Math.max(16, places.byteLength) }, before: [] };
       const [, length, width] = rows.shape;
       const quads = this.rowQuads * quadElements(this.storage) / 4;
@@ -259,7 +218,7 @@ export class GpuLatentStore implements CacheStore {
           2: found.places,
           3: { buffer },
         },
-        workgroups: [Math.min(copyWorkgroups, Math.ceil(count * quads / append.workgroupSize))],
+        workgroups: [Math.min(stridingWorkgroups, Math.ceil(count * quads / append.workgroupSize))],
       }));
       await steps.bind("append to the cache", [...found.before, ...kernels]);
       return steps;

@@ -246,7 +246,8 @@ function bindDispatches(context: GpuContext, compiled: CompiledPlan, call: Resid
       binding,
       resource: { buffer: buffer(operand, dispatch.range), offset, size },
     }));
-    const bindGroup = context.device.createBindGroup({ layout: pipeline.getBindGroupLayout(0), entries });
+    const label = `flash-mla ${dispatch.kernel}`;
+    const bindGroup = context.device.createBindGroup({ label, layout: pipeline.getBindGroupLayout(0), entries });
     return { ...dispatch, pipeline, bindGroup };
   });
 }

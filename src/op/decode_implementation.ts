@@ -49,6 +49,21 @@ export interface CacheStore {
     first: number,
     count: number,
   ): Promise<{ readonly rows: AnyTensor; dispose(): void }>;
+  /**
+   * Records the gathering of all keys of some sequences, `[sequences, count, L + R]`, into a caller's encoder; missing where
+   * there is none. The tensor is to be disposed of after the submission.
+   *
+   * @param encoder The encoder, outside any pass.
+   * @param blockTable Pages of each sequence.
+   * @param sequences Which sequences.
+   * @param count How many keys of each, from the first on.
+   */
+  encodeGather?(
+    encoder: GPUCommandEncoder,
+    blockTable: AnyIndexTensor,
+    sequences: readonly number[],
+    count: number,
+  ): Promise<{ readonly rows: GpuTensor; dispose(): void }>;
   /** Gives the memory back. */
   dispose(): void;
 }

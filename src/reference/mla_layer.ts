@@ -7,15 +7,19 @@
 // Sums are of double precision, what passes from step to step is float32.
 
 import type { MlaModelConfig } from "../model/attention_config.ts";
-import { expansionWeights } from "../model/expansion_weights.ts";
-import { rotaryTable, rotate } from "../model/rotary.ts";
+import { type ExpansionWeights, expansionWeights } from "../model/expansion_weights.ts";
+import { queryFactors } from "../model/query_factors.ts";
+import { type RotaryTable, rotaryTable } from "../model/rotary.ts";
 import { decodeProblem, tensorLayout } from "../op/decode_problem.ts";
 import { cannotRun } from "../op/errors.ts";
 import { mlaProblem } from "../op/mla_problem.ts";
 import type { Formulation } from "../op/formulation.ts";
 import type { Tensor } from "../op/tensor.ts";
 import { referenceDecode } from "./decode.ts";
+import { linear } from "./linear.ts";
 import { referenceMlaAttention } from "./mla_attention.ts";
+import { rmsNorm } from "./rms_norm.ts";
+import { rotateHeads } from "./rotate.ts";
 
 /** Weights by their names in the checkpoint, without what comes before: `q_a_proj.weight`, `kv_b_proj.weight`, and so on. */
 export type MlaLayerWeights = Readonly<Record<string, Tensor>>;
@@ -28,8 +32,12 @@ export interface MlaLayerCall {
   readonly weights: MlaLayerWeights;
   /** Rows of the tokens before, `[batch, keys, kvLoraRank + qkRopeHeadDim]`, as an earlier call returned them. */
   readonly cached?: Tensor;
-  /** Positions of the tokens, `[tokens]`. Default: from the number of cached rows on. */
+  /** Positions of the tokens, `[tokens]` or `[batch · tokens]`. Default: from the number of cached rows on. */
   readonly positions?: ArrayLike<number>;
+  /** Whether a token sees those behind it, too. Default `true`: it does not. */
+  readonly causal?: boolean;
+  /** kv_b_proj taken apart, where the caller has done so. */
+  readonly expansion?: ExpansionWeights;
   /** How attention is computed. Default `expanded`. */
   readonly formulation?: Formulation;
 }
@@ -52,85 +60,73 @@ export function referenceMlaLayer(
     cannotRun(`hiddenStates has shape [${hiddenStates.shape}], expected [batch, tokens, ${config.hiddenSize}]`);
   }
   const before = call.cached?.shape[1] ?? 0;
-  const positions = call.positions ?? Array.from({ length: tokens }, (_, i) => before + i);
-  if (positions.length !== tokens) {
-    cannotRun(`positions has ${positions.length} entries, hiddenStates ${tokens} tokens`);
+  const given = call.positions ?? Array.from({ length: tokens }, (_, i) => before + i);
+  if (given.length !== tokens && given.length !== batch * tokens) {
+    cannotRun(`positions has ${given.length} entries, hiddenStates ${tokens} tokens`);
   }
+  const positions = Array.from({ length: batch * tokens }, (_, i) => given[i % given.length]);
 
   const query = queries(call, config, positions);
   const cached = joined(call.cached, latentRows(call, config, positions), batch);
   const attended = attend(query, cached, call, config);
-  const output = linear(attended, weights, "o_proj", config.queryHeads * config.vHeadDim, width, config.attentionBias);
+  const output = project(attended, weights, "o_proj", config.queryHeads * config.vHeadDim, width, config.attentionBias);
   return { output: { data: output, shape: [batch, tokens, width] }, cached };
 }
 
 function queries(
   { hiddenStates, weights }: MlaLayerCall,
   config: MlaModelConfig,
-  positions: ArrayLike<number>,
+  positions: readonly number[],
 ): Tensor {
-  const { hiddenSize, queryHeads: H, qLoraRank, qkNopeHeadDim: P, qkRopeHeadDim: R, queryTemperature } = config;
+  const { hiddenSize, queryHeads: H, qLoraRank, qkNopeHeadDim: P, qkRopeHeadDim: R, attentionBias, rope } = config;
   const [batch, tokens] = hiddenStates.shape;
+  const width = H * (P + R);
   let rows: Float32Array;
-  if (qLoraRank === null) rows = linear(hiddenStates.data, weights, "q_proj", hiddenSize, H * (P + R), false);
+  if (qLoraRank === null) rows = project(hiddenStates.data, weights, "q_proj", hiddenSize, width, false);
   else {
-    const narrow = linear(hiddenStates.data, weights, "q_a_proj", hiddenSize, qLoraRank, config.attentionBias);
-    rows = linear(
-      normed(narrow, weights, "q_a_layernorm", qLoraRank, config),
-      weights,
-      "q_b_proj",
-      qLoraRank,
-      H * (P + R),
-      false,
-    );
+    const narrow = project(hiddenStates.data, weights, "q_a_proj", hiddenSize, qLoraRank, attentionBias);
+    const normed = rmsNorm(narrow, normWeight(weights, "q_a_layernorm", qLoraRank), config.latentNormEps);
+    rows = project(normed, weights, "q_b_proj", qLoraRank, width, false);
   }
-  turnColumns(rows, P, H, batch, config, positions);
-  for (let row = 0; row < batch * tokens; row++) {
-    const position = positions[row % tokens];
-    const warmth = queryTemperature === null
-      ? 1
-      : 1 + queryTemperature.beta * Math.log(1 + Math.floor(position / queryTemperature.length));
-    for (let i = row * H * (P + R); i < (row + 1) * H * (P + R); i++) rows[i] *= config.queryScale * warmth;
-  }
-  return { data: rows, shape: [batch, tokens, H, P + R] };
+  const factors = queryFactors(config, positions) ?? positions.map(() => config.queryScale);
+  const table = tableOf(config, positions, batch);
+  const turned = rotateHeads(rows, { heads: H, before: P, dim: R, layout: rope && rope.layout, table, factors });
+  return { data: turned, shape: [batch, tokens, H, P + R] };
 }
 
 /** What the call's tokens add to the cache, `[batch, tokens, L + R]`. */
 function latentRows(
   { hiddenStates, weights }: MlaLayerCall,
   config: MlaModelConfig,
-  positions: ArrayLike<number>,
+  positions: readonly number[],
 ): Tensor {
-  const { hiddenSize, kvLoraRank: L, qkRopeHeadDim: R, attentionBias, latentScale } = config;
+  const { hiddenSize, kvLoraRank: L, qkRopeHeadDim: R, attentionBias, latentScale, rope } = config;
   const [batch, tokens] = hiddenStates.shape;
-  const rows = linear(hiddenStates.data, weights, "kv_a_proj_with_mqa", hiddenSize, L + R, attentionBias);
+  const rows = project(hiddenStates.data, weights, "kv_a_proj_with_mqa", hiddenSize, L + R, attentionBias);
   const latents = new Float32Array(batch * tokens * L);
   for (let row = 0; row < batch * tokens; row++) latents.set(rows.subarray(row * (L + R), row * (L + R) + L), row * L);
-  const scaled = normed(latents, weights, "kv_a_layernorm", L, config).map((value) => value * latentScale);
+  const scaled = rmsNorm(latents, normWeight(weights, "kv_a_layernorm", L), config.latentNormEps)
+    .map((value) => value * latentScale);
   for (let row = 0; row < batch * tokens; row++) rows.set(scaled.subarray(row * L, (row + 1) * L), row * (L + R));
-  turnColumns(rows, L, 1, batch, config, positions);
-  return { data: rows, shape: [batch, tokens, L + R] };
+  const table = tableOf(config, positions, batch);
+  const turned = rotateHeads(rows, { heads: 1, before: L, dim: R, layout: rope && rope.layout, table });
+  return { data: turned, shape: [batch, tokens, L + R] };
 }
 
-/** Rotates, in place, the last R of the `before + R` columns of each head of each token. */
-function turnColumns(
-  rows: Float32Array,
-  before: number,
-  heads: number,
-  batch: number,
-  { rope, qkRopeHeadDim: R }: MlaModelConfig,
-  positions: ArrayLike<number>,
-): void {
-  if (rope === null) return;
-  const tokens = positions.length;
-  const table = rotaryTable(rope, positions);
-  const columns = new Float32Array(tokens * heads * R);
-  for (let item = 0; item < batch; item++) {
-    const at = (i: number) => (item * tokens * heads + i) * (before + R) + before;
-    for (let i = 0; i < tokens * heads; i++) columns.set(rows.subarray(at(i), at(i) + R), i * R);
-    const turned = rotate(columns, table, rope.layout);
-    for (let i = 0; i < tokens * heads; i++) rows.set(turned.subarray(i * R, (i + 1) * R), at(i));
-  }
+/** The turns of all tokens; of a batch each item's by itself, since stretched positions depend on how many there are. */
+function tableOf({ rope }: MlaModelConfig, positions: readonly number[], batch: number): RotaryTable | null {
+  if (rope === null) return null;
+  const tokens = positions.length / batch;
+  const parts = Array.from(
+    { length: batch },
+    (_, item) => rotaryTable(rope, positions.slice(item * tokens, (item + 1) * tokens)),
+  );
+  const joined = (name: "cos" | "sin") => {
+    const whole = new Float32Array(positions.length * rope.dim / 2);
+    parts.forEach((part, item) => whole.set(part[name], item * tokens * rope.dim / 2));
+    return whole;
+  };
+  return { cos: joined("cos"), sin: joined("sin"), positions: positions.length, dim: rope.dim };
 }
 
 function joined(cached: Tensor | undefined, added: Tensor, batch: number): Tensor {
@@ -153,14 +149,14 @@ function joined(cached: Tensor | undefined, added: Tensor, batch: number): Tenso
 function attend(
   query: Tensor,
   cached: Tensor,
-  { weights, formulation }: MlaLayerCall,
+  { weights, formulation, causal = true, expansion }: MlaLayerCall,
   config: MlaModelConfig,
 ): Float32Array {
   const { kvLoraRank: L, qkRopeHeadDim: R, softmaxScale } = config;
-  const { wKc, wVc } = expansionWeights(weightOf(weights, "kv_b_proj.weight"), config);
+  const { wKc, wVc } = expansion ?? expansionWeights(weightOf(weights, "kv_b_proj.weight"), config);
   const [batch, keys, width] = cached.shape;
   if (formulation === "absorbed") {
-    const problem = decodeProblem({ query, wKc, wVc }, tensorLayout(cached, { query }), { softmaxScale });
+    const problem = decodeProblem({ query, wKc, wVc }, tensorLayout(cached, { query }), { softmaxScale, causal });
     const rowAt = (sequence: number, key: number) => (sequence * keys + key) * width;
     return referenceDecode({ query, wKc, wVc, rows: cached.data, rowAt }, problem).output.data;
   }
@@ -168,7 +164,7 @@ function attend(
   const bK = R === 0 ? undefined : columnsOf(cached, L, R);
   const inputs = { query, keyValue: { data: keyValue, shape: [batch, keys, L] }, wKc, wVc };
   const all = bK === undefined ? inputs : { ...inputs, bK: { data: bK, shape: [batch, keys, R] } };
-  return referenceMlaAttention(all, mlaProblem(all, { causal: true, softmaxScale })).data;
+  return referenceMlaAttention(all, mlaProblem(all, { causal, softmaxScale })).data;
 }
 
 function columnsOf({ data, shape }: Tensor, from: number, count: number): Float32Array {
@@ -180,46 +176,20 @@ function columnsOf({ data, shape }: Tensor, from: number, count: number): Float3
   return columns;
 }
 
-/** Rows times a weight `[to, from]`, plus its bias. */
-function linear(
+function project(
   rows: Float32Array,
   weights: MlaLayerWeights,
   name: string,
   from: number,
   to: number,
   biased: boolean,
-): Float32Array {
-  const weight = weightOf(weights, `${name}.weight`, [to, from]).data;
-  const bias = biased ? weightOf(weights, `${name}.bias`, [to]).data : new Float32Array(to);
-  const count = rows.length / from;
-  const result = new Float32Array(count * to);
-  for (let row = 0; row < count; row++) {
-    for (let o = 0; o < to; o++) {
-      let sum = bias[o];
-      for (let i = 0; i < from; i++) sum += rows[row * from + i] * weight[o * from + i];
-      result[row * to + o] = sum;
-    }
-  }
-  return result;
+): Float32Array<ArrayBuffer> {
+  const bias = biased ? weightOf(weights, `${name}.bias`, [to]).data : undefined;
+  return linear(rows, weightOf(weights, `${name}.weight`, [to, from]).data, from, bias);
 }
 
-/** Rows over their root mean square, times the norm's weight. */
-function normed(
-  rows: Float32Array,
-  weights: MlaLayerWeights,
-  name: string,
-  width: number,
-  { latentNormEps }: MlaModelConfig,
-): Float32Array {
-  const weight = weightOf(weights, `${name}.weight`, [width]).data;
-  const result = new Float32Array(rows.length);
-  for (let start = 0; start < rows.length; start += width) {
-    let squares = 0;
-    for (let i = 0; i < width; i++) squares += rows[start + i] ** 2;
-    const factor = 1 / Math.sqrt(squares / width + latentNormEps);
-    for (let i = 0; i < width; i++) result[start + i] = rows[start + i] * factor * weight[i];
-  }
-  return result;
+function normWeight(weights: MlaLayerWeights, name: string, width: number): Float32Array {
+  return weightOf(weights, `${name}.weight`, [width]).data;
 }
 
 function weightOf(weights: MlaLayerWeights, name: string, shape?: readonly number[]): Tensor {

@@ -112,7 +112,9 @@ async function javaScriptCopy(addPackages: (path: string) => void): Promise<stri
   process.on("exit", () => rmSync(folder, { recursive: true, force: true }));
   const names = (under: string, recursive: boolean) =>
     readdirSync(join(ROOT, under), { recursive }).map((name) => join(under, String(name)));
-  const examples = ["examples", "examples/generate", "examples/train"].flatMap((folder) => names(folder, false));
+  const examples = ["examples", "examples/generate", "examples/layer", "examples/train"].flatMap((folder) =>
+    names(folder, false)
+  );
   for (const file of ["mod.ts", ...names("src", true), ...examples]) {
     const target = join(folder, file.replace(/\.ts$/, ".js"));
     mkdirSync(dirname(target), { recursive: true });

@@ -6,6 +6,8 @@
 //   workgroup memory: stages · DEPTH · 2 · (block/4 + 1) vec4   (block 128, 1 stage: 16.9 KB; block 64: 8.7 KB)
 //
 // The result is [rows, columns] with the head dimension fastest, so that attention stages it with vec4 loads.
+//
+// A model's linear layers are the same product, some with a bias (src/gpu/linear.ts).
 
 import type { FlashMLAConfig } from "../../op/config.ts";
 import type { GpuLimits } from "../capabilities.ts";
@@ -49,6 +51,8 @@ export interface ExpandShape {
   readonly expanded: StorageElement;
   /** Whether batch items of latents lie apart or overlap, so that finding a row takes a division. */
   readonly gapped: boolean;
+  /** Whether a row of float32 is added to each row of the result. */
+  readonly bias?: boolean;
 }
 
 /** The tile that goes with a configuration. */
@@ -93,6 +97,25 @@ export function whyInvalid(tile: ExpandTile, limits: GpuLimits): string | null {
     } bytes of workgroup memory, maxComputeWorkgroupStorageSize is ${limits.maxComputeWorkgroupStorageSize}`;
   }
   return null;
+}
+
+/** WGSL of the bias and of a function that loads four of it; what is past the last column is not stored. */
+export const biasDeclaration = `@group(0) @binding(4) var<storage, read> bias: array<f32>;
+
+fn biasAt(column: u32) -> vec4<f32> {
+  let last = arrayLength(&bias) - 1u;
+  return vec4<f32>(
+    bias[min(column, last)],
+    bias[min(column + 1u, last)],
+    bias[min(column + 2u, last)],
+    bias[min(column + 3u, last)],
+  );
+}
+`;
+
+/** WGSL of a sum with the bias of its columns. */
+function added(sum: string, { bias }: ExpandShape): string {
+  return bias ? `(${sum} + biasAt(column))` : sum;
 }
 
 /** The kernel's source. */
@@ -147,7 +170,7 @@ struct Params {
 @group(0) @binding(1) var<storage, read> latent: array<${shape.latent}>;
 @group(0) @binding(2) var<storage, read> weight: array<${shape.weight}>;
 @group(0) @binding(3) var<storage, read_write> expanded: array<${shape.expanded}>;
-
+${shape.bias ? biasDeclaration : ""}
 var<workgroup> left: array<array<array<vec4<f32>, ${stagedStride(blockM)}>, ${depth}>, ${numStages}>;
 var<workgroup> right: array<array<array<vec4<f32>, ${stagedStride(blockN)}>, ${depth}>, ${numStages}>;
 
@@ -206,7 +229,7 @@ ${
     let row = rowBase + 4u * (ty + ${Math.floor(i / 4) * threadRows}u) + ${i % 4}u;
     let column = columnBase + 4u * (tx + ${q * threadColumns}u);
     if (row < params.rows) {
-${indent(store4("expanded", shape.expanded, "row * params.columns", "column", "params.columns", c), 6)}
+${indent(store4("expanded", shape.expanded, "row * params.columns", "column", "params.columns", added(c, shape)), 6)}
     }
   }`
     )

@@ -8,6 +8,8 @@
 //     latents  blockM · (depth/8 + 1)    weights  columns of subgroups · depth · (width/8 + 1)    results  subgroups · 16 · 9
 //
 // Sums past the largest half, 65,504, become that instead of infinity: keys that large decide the softmax either way.
+//
+// A model's linear layers are the same product with one head, some in float32 or with a bias (src/gpu/linear.ts).
 
 import type { Capabilities } from "../capabilities.ts";
 import { halfRange, type HalvesElement, loadHalves, paddedWidth } from "./matrix_scratch.ts";
@@ -20,6 +22,7 @@ import {
   memoryBytes,
   subgroupSize,
 } from "./matrix_unit.ts";
+import { biasDeclaration } from "./expand.ts";
 import { indent, unroll } from "./register_tile.ts";
 import { storageDirectives } from "./storage_element.ts";
 import { whyTooLarge } from "./workgroup_limits.ts";
@@ -48,6 +51,10 @@ export interface MatrixExpandShape {
   readonly headDim: number;
   /** Whether batch items of latents lie apart or overlap, so that finding a row takes a division. */
   readonly gapped: boolean;
+  /** How sums are stored. Default `halves`. */
+  readonly result?: "halves" | "floats";
+  /** Whether a row of float32 is added to each row of the result, which has no padding then. */
+  readonly bias?: boolean;
 }
 
 /** Column fragments of a result that are stored at a time. */
@@ -124,9 +131,20 @@ export function wgsl(tile: MatrixExpandTile, shape: MatrixExpandShape, backend: 
   const columnQuads = blockN / 8;
   const ownQuads = columnFragments * fragmentQuads;
   const padded = paddedWidth(shape.headDim);
+  const floats = shape.result === "floats";
+  const sum = (part: string, offset: number) =>
+    `${unit.readQuad(own, part)}${shape.bias ? ` + biasAt(column${offset === 0 ? "" : ` + ${offset}u`})` : ""}`;
+  const storage = floats
+    ? `let at = (params.expandedBase + row * params.columns + column) / 4u;
+    expanded[at] = ${sum("part", 0)};
+    expanded[at + 1u] = ${sum("part + 1u", 4)};`
+    : `expanded[(params.expandedBase + row * params.columns + column) / 8u] = packHalves(
+      saturated(${sum("part", 0)}),
+      saturated(${sum("part + 1u", 4)}),
+    );`;
 
   const own = unit.part(results, "subgroup");
-  const stored = Math.min(storedFragments, columnFragments);
+  const together = Math.min(storedFragments, columnFragments);
   const registersOf = (count: number) => Math.ceil(count / size);
   const pieces = (count: number, emit: (piece: string, i: number) => string) =>
     unroll(registersOf(count), (i) => {
@@ -197,14 +215,14 @@ struct Params {
   latentRows: u32,   // rows of a batch item
   latentGap: u32,    // further elements from one batch item to the next, modulo 2^32
   weightBase: u32,
-  expandedBase: u32, // halves from the scratch's start to the first row, a multiple of 8
+  expandedBase: u32, // ${floats ? "elements" : "halves"} from the scratch's start to the first row, a multiple of 8
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> latent: array<${shape.latent}>;
 @group(0) @binding(2) var<storage, read> weight: array<${shape.weight}>;
-@group(0) @binding(3) var<storage, read_write> expanded: array<vec4<u32>>; // halves
-
+@group(0) @binding(3) var<storage, read_write> expanded: array<${floats ? "vec4<f32>>;" : "vec4<u32>>; // halves"}
+${shape.bias ? biasDeclaration : ""}
 ${unit.declarations([latents, weights, results])}
 
 ${halfRange}
@@ -246,27 +264,24 @@ ${indent(multiply, 4)}
 ${
     indent(
       unit.over("r", rowFragments, (r) =>
-        unit.over("n", columnFragments / stored, (n) =>
+        unit.over("n", columnFragments / together, (n) =>
           `${
-            unroll(stored, (i) => {
-              const fragment = unit.native ? `${parseInt(n) * stored + i}u` : `(${n} * ${stored}u + ${i}u)`;
+            unroll(together, (i) => {
+              const fragment = unit.native ? `${parseInt(n) * together + i}u` : `(${n} * ${together}u + ${i}u)`;
               return unit.storeResult(own, `${4 * i}u`, resultStride, sums.at(r, fragment));
             })
           }
 workgroupBarrier();
 ${
-            unroll(stored, (i) =>
+            unroll(together, (i) =>
               `{
-  let ownRow = (lane + ${i * subgroupSize}u) / ${2 * stored}u;
-  let eight = (lane + ${i * subgroupSize}u) % ${2 * stored}u;
+  let ownRow = (lane + ${i * subgroupSize}u) / ${2 * together}u;
+  let eight = (lane + ${i * subgroupSize}u) % ${2 * together}u;
   let part = ownRow * ${resultStride}u + 2u * eight;
   let row = rowBase + (subgroupRow * ${rowFragments}u + ${r}) * 16u + ownRow;
-  let column = columnBase + (subgroupColumn * ${columnFragments}u + ${n} * ${stored}u) * 16u + eight * 8u;
+  let column = columnBase + (subgroupColumn * ${columnFragments}u + ${n} * ${together}u) * 16u + eight * 8u;
   if (row < params.rows && column < params.columns) {
-    expanded[(params.expandedBase + row * params.columns + column) / 8u] = packHalves(
-      saturated(${unit.readQuad(own, "part")}),
-      saturated(${unit.readQuad(own, "part + 1u")}),
-    );
+    ${storage}
   }
 }`)
           }

@@ -1,0 +1,56 @@
+enable f16;
+// Rotary embedding, half.
+const BEFORE = 5u;
+const PAIRS = 3u;
+const WIDTH = 11u; // of a head
+
+struct Params {
+  rows: u32,
+  columns: u32,   // heads × WIDTH
+  sourceBase: u32, // elements from the binding's start to the first row, and from one row to the next
+  sourceRow: u32,
+  resultRow: u32, // elements from one row of the result to the next
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> source: array<f16>;
+@group(0) @binding(2) var<storage, read> turns: array<vec2<f32>>; // cosine and sine
+
+@group(0) @binding(4) var<storage, read_write> result: array<f32>;
+
+fn element(at: u32, row: u32, column: u32) -> f32 {
+  if (column >= params.columns) { return 0.0; }
+  let own = f32(source[at + column]);
+  let d = column % WIDTH;
+  if (d < BEFORE) { return own; }
+  let c = d - BEFORE;
+  let isSecond = c >= PAIRS;
+  let partner = select(column + PAIRS, column - PAIRS, isSecond);
+  let other = f32(source[at + partner]);
+  let turn = turns[row * PAIRS + c % PAIRS];
+  return own * turn.x + select(-other, other, isSecond) * turn.y;
+}
+
+fn turnedEach(at: u32, row: u32, column: u32) -> vec4<f32> {
+  return vec4<f32>(
+    element(at, row, column),
+    element(at, row, column + 1u),
+    element(at, row, column + 2u),
+    element(at, row, column + 3u),
+  );
+}
+
+@compute @workgroup_size(256)
+fn main(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>) {
+  let quads = (params.columns + 3u) / 4u;
+  for (var i = id.x; i < params.rows * quads; i += groups.x * 256u) {
+    let row = i / quads;
+    let column = i % quads * 4u;
+    let at = params.sourceBase + row * params.sourceRow;
+    let quad = turnedEach(at, row, column);
+    if (column + 0u < params.columns) { result[row * params.resultRow + column + 0u] = quad[0]; }
+    if (column + 1u < params.columns) { result[row * params.resultRow + column + 1u] = quad[1]; }
+    if (column + 2u < params.columns) { result[row * params.resultRow + column + 2u] = quad[2]; }
+    if (column + 3u < params.columns) { result[row * params.resultRow + column + 3u] = quad[3]; }
+  }
+}
