@@ -41,9 +41,9 @@ fn biasAt(column: u32) -> vec4<f32> {
   );
 }
 
-var<workgroup> latents: array<vec4<u32>, 96>;
-var<workgroup> weights: array<vec4<u32>, 80>;
-var<workgroup> results: array<vec4<f32>, 320>;
+var<workgroup> latents: array<array<vec4<u32>, 48>, 2>;
+var<workgroup> weights: array<array<vec4<u32>, 48>, 2>;
+var<workgroup> results: array<array<vec4<f32>, 144>, 4>;
 
 // Eight halves, rounded to nearest.
 fn packHalves(low: vec4<f32>, high: vec4<f32>) -> vec4<u32> {
@@ -94,6 +94,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
   var c0_0: subgroup_matrix_result<f32, 16, 16>;
   var latent0 = vec4<u32>();
   var weight0 = vec4<u32>();
+
   if (t < 64u) {
     latent0 = loadLatents(t, 0u, rowBase);
   }
@@ -102,41 +103,47 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
   }
   for (var slice = 0u; slice < slices; slice += 1u) {
     if (t < 64u) {
-      latents[(t) / 2u * 3u + (t) % 2u] = latent0;
+      latents[((t) / 32u)][(t) / 2u % 16u * 3u + (t) % 2u] = latent0;
     }
     if (t < 64u) {
-      weights[(t) / 4u * 5u + (t) % 4u] = weight0;
+      weights[((t) % 4u / 2u)][(t) / 4u * 3u + (t) % 2u] = weight0;
     }
     workgroupBarrier();
-    if (t < 64u) {
-      latent0 = loadLatents(t, slice + 1u, rowBase);
-    }
-    if (t < 64u) {
-      weight0 = loadWeights(t, slice + 1u, columnBase);
+    // In a branch, or the driver moves the loads behind the products, to where they are stored, and waits for each: 167 → 227
+    // TFLOP/s on an H100.
+    if (slice + 1u < slices) {
+      if (t < 64u) {
+        latent0 = loadLatents(t, (slice + 1u), rowBase);
+      }
+      if (t < 64u) {
+        weight0 = loadWeights(t, (slice + 1u), columnBase);
+      }
     }
     {
-      let left0 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&latents, (subgroupRow * 1u + 0u) * 48u + 0u * 2u, 3u);
+      let left0 = subgroupMatrixLoad<subgroup_matrix_left<f16, 16, 16>, row_major>(&latents[subgroupRow], 0u + 0u * 2u, 3u);
       {
-        let right = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, row_major>(&weights, 0u * 80u + (subgroupColumn * 1u + 0u) * 2u, 5u);
+        let right = subgroupMatrixLoad<subgroup_matrix_right<f16, 16, 16>, row_major>(&weights[subgroupColumn], 0u * 48u + 0u * 2u, 3u);
         c0_0 = subgroupMatrixMultiplyAccumulate(left0, right, c0_0);
       }
     }
     workgroupBarrier();
   }
 
-  // A fragment at a time, through the subgroup's own memory: half a row, eight halves, to an invocation.
-  let part = subgroup * 80u + lane / 2u * 5u + lane % 2u * 2u;
+  // A few fragments at a time, through the subgroup's own memory: eight halves of a row to an invocation.
   {
     {
-      subgroupMatrixStore<row_major>(&results, subgroup * 80u, c0_0, 5u);
+      subgroupMatrixStore<row_major>(&results[subgroup], 0u, c0_0, 9u);
       workgroupBarrier();
       {
-        let row = rowBase + (subgroupRow * 1u + 0u) * 16u + lane / 2u;
-        let column = columnBase + (subgroupColumn * 1u + 0u) * 16u + lane % 2u * 8u;
+        let ownRow = (lane + 0u) / 2u;
+        let eight = (lane + 0u) % 2u;
+        let part = ownRow * 9u + 2u * eight;
+        let row = rowBase + (subgroupRow * 1u + 0u) * 16u + ownRow;
+        let column = columnBase + (subgroupColumn * 1u + 0u * 1u) * 16u + eight * 8u;
         if (row < params.rows && column < params.columns) {
           let at = (params.expandedBase + row * params.columns + column) / 4u;
-          expanded[at] = results[part] + biasAt(column);
-          expanded[at + 1u] = results[part + 1u] + biasAt(column + 4u);
+          expanded[at] = results[subgroup][part] + biasAt(column);
+          expanded[at + 1u] = results[subgroup][part + 1u] + biasAt(column + 4u);
         }
       }
       workgroupBarrier();

@@ -131,6 +131,7 @@ export function wgsl(tile: MatrixExpandTile, shape: MatrixExpandShape, backend: 
   const columnQuads = blockN / 8;
   const ownQuads = columnFragments * fragmentQuads;
   const padded = paddedWidth(shape.headDim);
+  const own = unit.part(results, "subgroup");
   const floats = shape.result === "floats";
   const sum = (part: string, offset: number) =>
     `${unit.readQuad(own, part)}${shape.bias ? ` + biasAt(column${offset === 0 ? "" : ` + ${offset}u`})` : ""}`;
@@ -143,7 +144,6 @@ export function wgsl(tile: MatrixExpandTile, shape: MatrixExpandShape, backend: 
       saturated(${sum("part + 1u", 4)}),
     );`;
 
-  const own = unit.part(results, "subgroup");
   const together = Math.min(storedFragments, columnFragments);
   const registersOf = (count: number) => Math.ceil(count / size);
   const pieces = (count: number, emit: (piece: string, i: number) => string) =>
