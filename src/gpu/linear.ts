@@ -179,6 +179,6 @@ export function linearSteps(
       ),
       ...bindings,
     },
-    workgroups: grid(Math.ceil(N / tile.blockN), tiles),
+    workgroups: units === null ? grid(Math.ceil(N / tile.blockN), tiles) : grid(tiles, Math.ceil(N / tile.blockN)),
   }));
 }

@@ -91,7 +91,7 @@ export function addMatrixExpansion(
       const [firstTile, tiles] of chunks(Math.ceil(keyRows / tile.blockM), limits.maxComputeWorkgroupsPerDimension)
     ) {
       list.add(
-        { kernel, range: 0, workgroups: [columnTiles, tiles] },
+        { kernel, range: 0, workgroups: [tiles, columnTiles] },
         [[1, "keyValue", latents], [2, name, weights], [3, "expanded", scratch]],
         [],
         [

@@ -86,8 +86,9 @@ fn loadWeights(piece: u32, slice: u32, columnBase: u32) -> vec4<u32> {
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) t: u32) {
   let lane = t % 32u;
   let subgroup = t / 32u;
-  let rowBase = (params.firstTile + workgroup.y) * BLOCK_M;
-  let columnBase = workgroup.x * BLOCK_N;
+  // Tiles of the same columns run next to each other: weights may be larger than a card's cache, and are read once so.
+  let rowBase = (params.firstTile + workgroup.x) * BLOCK_M;
+  let columnBase = workgroup.y * BLOCK_N;
   let subgroupRow = subgroup / 2u;
   let subgroupColumn = subgroup % 2u;
   let slices = (params.L + DEPTH - 1u) / DEPTH;

@@ -59,6 +59,7 @@ struct Params {
 @group(0) @binding(6) var<storage, read_write> stats: array<vec2<f32>>; // maximum in log2 units, and sum
 @group(0) @binding(7) var<storage, read_write> output: array<vec4<f32>>;
 
+var<workgroup> latents: array<array<vec4<u32>, 176>, 2>;
 var<workgroup> scores: array<vec4<f32>, 144>;
 var<workgroup> probs: array<vec4<u32>, 32>;
 
@@ -66,7 +67,6 @@ var<workgroup> probs: array<vec4<u32>, 32>;
 fn packHalves(low: vec4<f32>, high: vec4<f32>) -> vec4<u32> {
   return vec4<u32>(bitcast<vec2<u32>>(vec4<f16>(low)), bitcast<vec2<u32>>(vec4<f16>(high)));
 }
-var<workgroup> latents: array<array<vec4<u32>, 176>, 2>;
 var<workgroup> rowFactor: array<f32, 16>;
 var<workgroup> rescale: vec4<u32>; // x is set once a row's maximum has outgrown what its sums are relative to
 

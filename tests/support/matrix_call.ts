@@ -200,7 +200,7 @@ export class MatrixCall {
           ...{ weightBase: 0, expandedBase: base },
         },
         { 1: latents, 2: this.uploadTensor(side, weight), 3: expanded },
-        [Math.ceil(columns / setup.expand.blockN), Math.ceil(keyRows / setup.expand.blockM)],
+        [Math.ceil(keyRows / setup.expand.blockM), Math.ceil(columns / setup.expand.blockN)],
       );
     }
     if (R > 0) {

@@ -67,13 +67,15 @@ export function assertClose(result: AnyTensor, expected: Tensor, bounds: Bounds,
   const where = `; worst at [${indexOf(worst, actual.shape)}]: ${actual.data[worst]}, expected ${expected.data[worst]}`;
   if (bounds.relL2 !== undefined) {
     const allowed = bounds.relL2 * Math.sqrt(norm) + (bounds.absolute ?? 0) * Math.sqrt(actual.data.length);
-    noteError("relL2", relL2(actual.data, expected.data), bounds.relL2);
-    if (!(Math.sqrt(error) <= allowed)) fail(`relL2 ${relL2(actual.data, expected.data)} > ${bounds.relL2}${where}`);
+    const relative = relL2(actual.data, expected.data);
+    if (!(Math.sqrt(error) <= allowed)) fail(`relL2 ${relative} > ${bounds.relL2}${where}`);
+    if (bounds.absolute === undefined) noteError("relL2", relative, bounds.relL2);
+    else noteError(`error over relL2 ${bounds.relL2} + ${bounds.absolute} an element`, Math.sqrt(error) / allowed, 1);
   }
   if (bounds.cosDiff !== undefined) {
     const got = cosDiff(actual.data, expected.data);
-    noteError("cosDiff", got, bounds.cosDiff);
     if (!(got <= bounds.cosDiff)) fail(`cosDiff ${got} > ${bounds.cosDiff}${where}`);
+    noteError("cosDiff", got, bounds.cosDiff);
   }
 }
 

@@ -64,7 +64,6 @@ export function wgsl(tile: MatrixAbsorbedTile, shape: AbsorbedShape, backend: Ma
   const { rowGroups, keyGroups, depthParts, ownRows, ownKeys, ownDepth, ownColumns } = map;
   const { rowThreads, sharers, stageThreads, stageQuads, latentStride, scoreStride, buffers } = map;
   const { memories: { latents, scores, probs } } = map;
-  const bufferQuads = latents.quads / buffers;
   const width = rowQuads(shape, "halves");
   const ownQuads = blockK / 4 / rowThreads;
   const softThreads = blockRows * rowThreads * sharers;
@@ -83,18 +82,13 @@ export function wgsl(tile: MatrixAbsorbedTile, shape: AbsorbedShape, backend: Ma
   const columnFragment = (c: string, subgroup: string) => `(${c} * ${subgroups}u + ${subgroup})`;
   const everyScore = (emit: (score: string, row: string, key: string) => string) =>
     unit.over("r", ownRows, (r) => unit.over("k", ownKeys, (k) => emit(sums.at(r, k), r, k)));
-  /** One of the two buffers of latents: an array of its own natively, so that places in it are constants. */
-  const buffer = (index: string) =>
-    unit.native ? { ...latents, name: `latents[${index}]`, quads: bufferQuads } : latents;
-  const bufferStart = (index: string) => unit.native ? "" : `${index} * ${bufferQuads}u + `;
-
   /** The quads of one row that an invocation carries from storage to workgroup memory, where they lie in `index`. */
   const stagedWidth = latentStride - 1;
   const carried = (index: string, value: (i: number, quad: string, at: string) => string) =>
     unroll(stageQuads, (i) => {
       const quad = `stageQuad + ${i * stageThreads}u`;
-      const at = `${bufferStart(index)}stageRow * ${latentStride}u + ${quad}`;
-      const code = `let staged = ${value(i, quad, at)};\n${unit.writeQuad(buffer(index), at, "staged")}`;
+      const at = `stageRow * ${latentStride}u + ${quad}`;
+      const code = `let staged = ${value(i, quad, at)};\n${unit.writeQuad(unit.part(latents, index), at, "staged")}`;
       const condition = (i + 1) * stageThreads <= stagedWidth ? "" : `if (${quad} < ${stagedWidth}u) `;
       return `${condition}{\n${indent(code, 2)}\n}`;
     });
@@ -112,7 +106,7 @@ export function wgsl(tile: MatrixAbsorbedTile, shape: AbsorbedShape, backend: Ma
       return `select(vec4<u32>(), ${name}${i}, ${there})`;
     });
   const clear = (index: string) =>
-    carried(index, (_i, _quad, at) => `finiteHalves(${readHalves(buffer(index), at, backend)})`);
+    carried(index, (_i, _quad, at) => `finiteHalves(${readHalves(unit.part(latents, index), at, backend)})`);
 
   const current = buffers === 1 ? "0u" : "(block & 1u)";
   const previous = buffers === 1 ? "0u" : "((block + 1u) & 1u)";
@@ -121,21 +115,16 @@ export function wgsl(tile: MatrixAbsorbedTile, shape: AbsorbedShape, backend: Ma
 
   /** Code of every subgroup, with what it owns as constants; emulated, that is known at run time. */
   const bySubgroup = (code: (own: Own) => string) =>
-    unit.native
-      ? `switch (subgroup) {
-${
-        unroll(subgroups, (i) => {
-          const own = {
-            row: `${Math.floor(i / keyGroups / depthParts)}u`,
-            key: `${Math.floor(i / depthParts) % keyGroups}u`,
-            depth: `${i % depthParts}u`,
-            subgroup: `${i}u`,
-          };
-          return `  ${i === subgroups - 1 ? "default" : `case ${i}u`}: {\n${indent(code(own), 4)}\n  }`;
-        })
-      }
-}`
-      : code({ row: "rowGroup", key: "keyGroup", depth: "depthPart", subgroup: "subgroup" });
+    unit.cases("subgroup", subgroups, (index) => {
+      const i = parseInt(index);
+      if (isNaN(i)) return code({ row: "rowGroup", key: "keyGroup", depth: "depthPart", subgroup: "subgroup" });
+      return code({
+        row: `${Math.floor(i / keyGroups / depthParts)}u`,
+        key: `${Math.floor(i / depthParts) % keyGroups}u`,
+        depth: `${i % depthParts}u`,
+        subgroup: index,
+      });
+    });
   const multiplyScores = (own: Own) =>
     unit.over("d", ownDepth, (d) =>
       ifThere(
@@ -144,10 +133,10 @@ ${
         own.depth,
         depthFragments,
         unit.over("k", ownKeys, (k) => {
-          const at = `${bufferStart(current)}(${own.key} * ${ownKeys}u + ${k}) * ${
+          const at = `(${own.key} * ${ownKeys}u + ${k}) * ${
             fragmentSize * latentStride
           }u + (${d} * ${depthParts}u + ${own.depth}) * ${fragmentQuads}u`;
-          const key = unit.right("key", buffer(current), at, latentStride, "column");
+          const key = unit.right("key", unit.part(latents, current), at, latentStride, "column");
           return `${key.code}
 ${unit.over("r", ownRows, (r) => unit.accumulate(sums.at(r, k), queries.at(r, d), key))}`;
         }),
@@ -155,10 +144,8 @@ ${unit.over("r", ownRows, (r) => unit.accumulate(sums.at(r, k), queries.at(r, d)
   const multiplyValues = ({ subgroup }: Own) =>
     unit.over("k", keyFragments, (k) => {
       const values = Array.from({ length: ownColumns }, (_, c) => {
-        const at = `${bufferStart(previous)}${k} * ${fragmentSize * latentStride}u + ${
-          columnFragment(`${c}u`, subgroup)
-        } * ${fragmentQuads}u`;
-        return unit.right(`value${c}`, buffer(previous), at, latentStride, "row");
+        const at = `${k} * ${fragmentSize * latentStride}u + ${columnFragment(`${c}u`, subgroup)} * ${fragmentQuads}u`;
+        return unit.right(`value${c}`, unit.part(latents, previous), at, latentStride, "row");
       });
       const overColumns = (code: (c: number) => string) =>
         unroll(ownColumns, (c) => ifThere(`${c}u`, subgroups, subgroup, columnFragments, code(c)));
@@ -200,7 +187,7 @@ ${
           unit.over("r", ownRows, (r) => {
             const fragment = `(${own.row} * ${ownRows}u + ${r})`;
             const code = unit.over("d", ownDepth, (d) => {
-              const at = `${bufferStart(spare)}${fragment} % ${keyFragments}u * ${
+              const at = `${fragment} % ${keyFragments}u * ${
                 fragmentSize * latentStride
               }u + (${d} * ${depthParts}u + ${own.depth}) * ${fragmentQuads}u`;
               return ifThere(
@@ -208,7 +195,7 @@ ${
                 depthParts,
                 own.depth,
                 depthFragments,
-                `${queries.at(r, d)} = ${unit.loadLeft(buffer(spare), at, latentStride)};`,
+                `${queries.at(r, d)} = ${unit.loadLeft(unit.part(latents, spare), at, latentStride)};`,
               );
             });
             const mine = parseInt(own.row) * ownRows + parseInt(r);
@@ -361,13 +348,7 @@ const BLOCK_K = ${blockK}u;
 const ROW_QUADS = ${width}u;
 ${absorbedDeclarations(shape, { pinned: tile.pinned })}
 
-${unit.declarations(unit.native ? [scores, probs] : [latents, scores, probs])}${
-    unit.native
-      ? `\nvar<workgroup> latents: array<array<${
-        backend === "flag" ? `f16, ${8 * bufferQuads}` : `vec4<u32>, ${bufferQuads}`
-      }>, ${buffers}>;`
-      : ""
-  }
+${unit.declarations([latents, scores, probs])}
 var<workgroup> rowFactor: array<f32, ${blockRows}>;
 var<workgroup> rescale: vec4<u32>; // x is set once a row's maximum has outgrown what its sums are relative to
 
@@ -513,8 +494,8 @@ ${
 }
 
 /** WGSL expression of a quad of halves; {@link MatrixUnit.readQuad} has them in quads alone. */
-function readHalves({ name }: MatrixMemory, index: string, backend: MatrixBackend): string {
-  if (backend !== "flag") return `${name}[${index}]`;
+function readHalves({ name, start = "" }: MatrixMemory, index: string, backend: MatrixBackend): string {
+  if (backend !== "flag") return `${name}[${start}${index}]`;
   const word = (i: number) => {
     const at = `${name}[8u * (${index}) + ${2 * i}u`;
     return `bitcast<u32>(vec2<f16>(${at}], ${at} + 1u]))`;

@@ -97,7 +97,7 @@ export function matrixAbsorbedLayout(
     rowThreads,
     sharers: Math.min(workgroupSize / blockRows / rowThreads, depthParts),
     memories: {
-      latents: { name: "latents", kind: "halves", quads: buffers * blockK * latentStride },
+      latents: { name: "latents", kind: "halves", parts: buffers, quads: blockK * latentStride },
       scores: {
         name: "scores",
         kind: "floats",

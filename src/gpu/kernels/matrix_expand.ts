@@ -232,8 +232,9 @@ ${whole ? places(shape, depthQuads, columnQuads) : loads(shape, depthQuads, colu
 @compute @workgroup_size(${size})
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) t: u32) {
 ${unit.prologue}
-  let rowBase = (params.firstTile + workgroup.y) * BLOCK_M;
-  let columnBase = workgroup.x * BLOCK_N;
+  // Tiles of the same columns run next to each other: weights may be larger than a card's cache, and are read once so.
+  let rowBase = (params.firstTile + workgroup.x) * BLOCK_M;
+  let columnBase = workgroup.y * BLOCK_N;
   let subgroupRow = subgroup / ${subgroupColumns}u;
   let subgroupColumn = subgroup % ${subgroupColumns}u;
   let slices = (params.L + DEPTH - 1u) / DEPTH;
@@ -242,8 +243,8 @@ ${unroll(registersOf(latentPieces), (i) => `  var latent${i} = vec4<u32>();`)}
 ${unroll(registersOf(weightPieces), (i) => `  var weight${i} = vec4<u32>();`)}
 ${
     whole
-      ? `${pieces(latentPieces, (piece, i) => `  let latentAt${i} = latentPlace(${piece}, rowBase);`)}
-${pieces(weightPieces, (piece, i) => `  let weightAt${i} = weightPlace(${piece}, columnBase);`)}
+      ? `${unroll(registersOf(latentPieces), (i) => `  let latentAt${i} = latentPlace(t + ${i * size}u, rowBase);`)}
+${unroll(registersOf(weightPieces), (i) => `  let weightAt${i} = weightPlace(t + ${i * size}u, columnBase);`)}
   let weightStep = DEPTH * params.weightStride / 8u;`
       : ""
   }
