@@ -25,6 +25,12 @@ const shared: MatrixSetup = {
   attend: { blockQ: 32, blockK: 32, subgroups: 2, rowFragments: 2, pinned: false },
 };
 
+/** Four invocations to a row, and subgroups that share rows: as the tile of wide heads has them. */
+const four: MatrixSetup = {
+  ...setup,
+  attend: { blockQ: 32, blockK: 32, subgroups: 4, rowFragments: 1, pinned: true },
+};
+
 interface Widths {
   readonly P: number;
   readonly R: number;
@@ -128,6 +134,10 @@ describe("attention on emulated matrix units", { skip }, () => {
     const inputs = { ...inputsOf(base, 7), softmaxAux: randomTensor([4], normals(8)) };
     const options = { slidingWindow: [20, 9] as const, logitsSoftCap: 3, dropout: { rate: 0.2, seed: 9 } };
     await agrees(inputs, options, shared);
+  });
+
+  test("agrees where four invocations share a row", async () => {
+    await agrees(inputsOf(base, 13), { causal: true, softmaxScale: 0.1 }, four);
   });
 
   test("agrees with a mask", async () => {

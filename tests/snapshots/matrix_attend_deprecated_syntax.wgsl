@@ -381,17 +381,18 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
       workgroupBarrier();
 
       let masking = keyBase + BLOCK_K > block.sharedEnd;
-      var x0 = (vec4<f32>(scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((0u + softPart) % 8u) + 0u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((0u + softPart) % 8u) + 1u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((0u + softPart) % 8u) + 2u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((0u + softPart) % 8u) + 3u) * 5u + softRow % 16u / 4u) + softRow % 4u]));
-      var x1 = (vec4<f32>(scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((2u + softPart) % 8u) + 0u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((2u + softPart) % 8u) + 1u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((2u + softPart) % 8u) + 2u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((2u + softPart) % 8u) + 3u) * 5u + softRow % 16u / 4u) + softRow % 4u]));
-      var x2 = (vec4<f32>(scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((4u + softPart) % 8u) + 0u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((4u + softPart) % 8u) + 1u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((4u + softPart) % 8u) + 2u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((4u + softPart) % 8u) + 3u) * 5u + softRow % 16u / 4u) + softRow % 4u]));
-      var x3 = (vec4<f32>(scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((6u + softPart) % 8u) + 0u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((6u + softPart) % 8u) + 1u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((6u + softPart) % 8u) + 2u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 0u)][4u * ((4u * ((6u + softPart) % 8u) + 3u) * 5u + softRow % 16u / 4u) + softRow % 4u]));
+      let turn = softPart % 2u;
+      var x0 = (vec4<f32>(scores[(softRow / 16u * 1u + 4u * softPart / 8u)][4u * ((4u * (4u * softPart % 8u + 0u + turn) + 0u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 4u * softPart / 8u)][4u * ((4u * (4u * softPart % 8u + 0u + turn) + 1u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 4u * softPart / 8u)][4u * ((4u * (4u * softPart % 8u + 0u + turn) + 2u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 4u * softPart / 8u)][4u * ((4u * (4u * softPart % 8u + 0u + turn) + 3u) * 5u + softRow % 16u / 4u) + softRow % 4u]));
+      var x1 = (vec4<f32>(scores[(softRow / 16u * 1u + 4u * softPart / 8u)][4u * ((4u * (4u * softPart % 8u + 1u + turn) + 0u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 4u * softPart / 8u)][4u * ((4u * (4u * softPart % 8u + 1u + turn) + 1u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 4u * softPart / 8u)][4u * ((4u * (4u * softPart % 8u + 1u + turn) + 2u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 4u * softPart / 8u)][4u * ((4u * (4u * softPart % 8u + 1u + turn) + 3u) * 5u + softRow % 16u / 4u) + softRow % 4u]));
+      var x2 = (vec4<f32>(scores[(softRow / 16u * 1u + 4u * softPart / 8u)][4u * ((4u * (4u * softPart % 8u + 2u + turn) + 0u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 4u * softPart / 8u)][4u * ((4u * (4u * softPart % 8u + 2u + turn) + 1u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 4u * softPart / 8u)][4u * ((4u * (4u * softPart % 8u + 2u + turn) + 2u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 4u * softPart / 8u)][4u * ((4u * (4u * softPart % 8u + 2u + turn) + 3u) * 5u + softRow % 16u / 4u) + softRow % 4u]));
+      var x3 = (vec4<f32>(scores[(softRow / 16u * 1u + 4u * softPart / 8u)][4u * ((4u * (4u * softPart % 8u + 3u - 3u * turn) + 0u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 4u * softPart / 8u)][4u * ((4u * (4u * softPart % 8u + 3u - 3u * turn) + 1u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 4u * softPart / 8u)][4u * ((4u * (4u * softPart % 8u + 3u - 3u * turn) + 2u) * 5u + softRow % 16u / 4u) + softRow % 4u], scores[(softRow / 16u * 1u + 4u * softPart / 8u)][4u * ((4u * (4u * softPart % 8u + 3u - 3u * turn) + 3u) * 5u + softRow % 16u / 4u) + softRow % 4u]));
       if (masking) {
         let row = i32(block.rowStart + softRow);
         let end = vec4<i32>(min(row + block.diagonalEnd, i32(block.columnEnd)));
-        { let key = vec4<i32>(i32(keyBase + 4u * (0u + softPart))) + vec4<i32>(0, 1, 2, 3); x0 = select(vec4<f32>(MASKED), x0, key < end); }
-        { let key = vec4<i32>(i32(keyBase + 4u * (2u + softPart))) + vec4<i32>(0, 1, 2, 3); x1 = select(vec4<f32>(MASKED), x1, key < end); }
-        { let key = vec4<i32>(i32(keyBase + 4u * (4u + softPart))) + vec4<i32>(0, 1, 2, 3); x2 = select(vec4<f32>(MASKED), x2, key < end); }
-        { let key = vec4<i32>(i32(keyBase + 4u * (6u + softPart))) + vec4<i32>(0, 1, 2, 3); x3 = select(vec4<f32>(MASKED), x3, key < end); }
+        { let key = vec4<i32>(i32(keyBase + 4u * (4u * softPart + 0u + turn))) + vec4<i32>(0, 1, 2, 3); x0 = select(vec4<f32>(MASKED), x0, key < end); }
+        { let key = vec4<i32>(i32(keyBase + 4u * (4u * softPart + 1u + turn))) + vec4<i32>(0, 1, 2, 3); x1 = select(vec4<f32>(MASKED), x1, key < end); }
+        { let key = vec4<i32>(i32(keyBase + 4u * (4u * softPart + 2u + turn))) + vec4<i32>(0, 1, 2, 3); x2 = select(vec4<f32>(MASKED), x2, key < end); }
+        { let key = vec4<i32>(i32(keyBase + 4u * (4u * softPart + 3u - 3u * turn))) + vec4<i32>(0, 1, 2, 3); x3 = select(vec4<f32>(MASKED), x3, key < end); }
       }
       var blockTop = max(max(x0.x, x0.y), max(x0.z, x0.w));
       blockTop = max(blockTop, max(max(x1.x, x1.y), max(x1.z, x1.w)));
@@ -423,35 +424,27 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
       rowSum += (p2.x + p2.y) + (p2.z + p2.w);
       rowSum += (p3.x + p3.y) + (p3.z + p3.w);
 
-      let isOdd = softPart % 2u == 1u;
-      let firstEight = (softPart + 2u * (softPart % 2u)) / 2u;
       {
-        let both = packHalves(p0, p1);
-        let sent = select(both.zw, both.xy, isOdd);
-        let got = vec2<u32>(subgroupShuffleXor(sent.x, 1u), subgroupShuffleXor(sent.y, 1u));
-        let packed = select(vec4<u32>(both.xy, got), vec4<u32>(got, both.zw), isOdd);
-        probs[(softRow / 16u * 2u + (0u + firstEight) / 2u)][8u * (softRow % 16u * 2u + (0u + firstEight) % 2u) + 0u] = f16(unpack2x16float(packed[0])[0]);
-        probs[(softRow / 16u * 2u + (0u + firstEight) / 2u)][8u * (softRow % 16u * 2u + (0u + firstEight) % 2u) + 1u] = f16(unpack2x16float(packed[0])[1]);
-        probs[(softRow / 16u * 2u + (0u + firstEight) / 2u)][8u * (softRow % 16u * 2u + (0u + firstEight) % 2u) + 2u] = f16(unpack2x16float(packed[1])[0]);
-        probs[(softRow / 16u * 2u + (0u + firstEight) / 2u)][8u * (softRow % 16u * 2u + (0u + firstEight) % 2u) + 3u] = f16(unpack2x16float(packed[1])[1]);
-        probs[(softRow / 16u * 2u + (0u + firstEight) / 2u)][8u * (softRow % 16u * 2u + (0u + firstEight) % 2u) + 4u] = f16(unpack2x16float(packed[2])[0]);
-        probs[(softRow / 16u * 2u + (0u + firstEight) / 2u)][8u * (softRow % 16u * 2u + (0u + firstEight) % 2u) + 5u] = f16(unpack2x16float(packed[2])[1]);
-        probs[(softRow / 16u * 2u + (0u + firstEight) / 2u)][8u * (softRow % 16u * 2u + (0u + firstEight) % 2u) + 6u] = f16(unpack2x16float(packed[3])[0]);
-        probs[(softRow / 16u * 2u + (0u + firstEight) / 2u)][8u * (softRow % 16u * 2u + (0u + firstEight) % 2u) + 7u] = f16(unpack2x16float(packed[3])[1]);
+        let eight = select(packHalves(p0, p1), packHalves(p1, p2), turn == 1u);
+        probs[(softRow / 16u * 2u + (2u * softPart + (0u + turn) % 2u) / 2u)][8u * (softRow % 16u * 2u + (2u * softPart + (0u + turn) % 2u) % 2u) + 0u] = f16(unpack2x16float(eight[0])[0]);
+        probs[(softRow / 16u * 2u + (2u * softPart + (0u + turn) % 2u) / 2u)][8u * (softRow % 16u * 2u + (2u * softPart + (0u + turn) % 2u) % 2u) + 1u] = f16(unpack2x16float(eight[0])[1]);
+        probs[(softRow / 16u * 2u + (2u * softPart + (0u + turn) % 2u) / 2u)][8u * (softRow % 16u * 2u + (2u * softPart + (0u + turn) % 2u) % 2u) + 2u] = f16(unpack2x16float(eight[1])[0]);
+        probs[(softRow / 16u * 2u + (2u * softPart + (0u + turn) % 2u) / 2u)][8u * (softRow % 16u * 2u + (2u * softPart + (0u + turn) % 2u) % 2u) + 3u] = f16(unpack2x16float(eight[1])[1]);
+        probs[(softRow / 16u * 2u + (2u * softPart + (0u + turn) % 2u) / 2u)][8u * (softRow % 16u * 2u + (2u * softPart + (0u + turn) % 2u) % 2u) + 4u] = f16(unpack2x16float(eight[2])[0]);
+        probs[(softRow / 16u * 2u + (2u * softPart + (0u + turn) % 2u) / 2u)][8u * (softRow % 16u * 2u + (2u * softPart + (0u + turn) % 2u) % 2u) + 5u] = f16(unpack2x16float(eight[2])[1]);
+        probs[(softRow / 16u * 2u + (2u * softPart + (0u + turn) % 2u) / 2u)][8u * (softRow % 16u * 2u + (2u * softPart + (0u + turn) % 2u) % 2u) + 6u] = f16(unpack2x16float(eight[3])[0]);
+        probs[(softRow / 16u * 2u + (2u * softPart + (0u + turn) % 2u) / 2u)][8u * (softRow % 16u * 2u + (2u * softPart + (0u + turn) % 2u) % 2u) + 7u] = f16(unpack2x16float(eight[3])[1]);
       }
       {
-        let both = packHalves(p2, p3);
-        let sent = select(both.zw, both.xy, isOdd);
-        let got = vec2<u32>(subgroupShuffleXor(sent.x, 1u), subgroupShuffleXor(sent.y, 1u));
-        let packed = select(vec4<u32>(both.xy, got), vec4<u32>(got, both.zw), isOdd);
-        probs[(softRow / 16u * 2u + (2u + firstEight) / 2u)][8u * (softRow % 16u * 2u + (2u + firstEight) % 2u) + 0u] = f16(unpack2x16float(packed[0])[0]);
-        probs[(softRow / 16u * 2u + (2u + firstEight) / 2u)][8u * (softRow % 16u * 2u + (2u + firstEight) % 2u) + 1u] = f16(unpack2x16float(packed[0])[1]);
-        probs[(softRow / 16u * 2u + (2u + firstEight) / 2u)][8u * (softRow % 16u * 2u + (2u + firstEight) % 2u) + 2u] = f16(unpack2x16float(packed[1])[0]);
-        probs[(softRow / 16u * 2u + (2u + firstEight) / 2u)][8u * (softRow % 16u * 2u + (2u + firstEight) % 2u) + 3u] = f16(unpack2x16float(packed[1])[1]);
-        probs[(softRow / 16u * 2u + (2u + firstEight) / 2u)][8u * (softRow % 16u * 2u + (2u + firstEight) % 2u) + 4u] = f16(unpack2x16float(packed[2])[0]);
-        probs[(softRow / 16u * 2u + (2u + firstEight) / 2u)][8u * (softRow % 16u * 2u + (2u + firstEight) % 2u) + 5u] = f16(unpack2x16float(packed[2])[1]);
-        probs[(softRow / 16u * 2u + (2u + firstEight) / 2u)][8u * (softRow % 16u * 2u + (2u + firstEight) % 2u) + 6u] = f16(unpack2x16float(packed[3])[0]);
-        probs[(softRow / 16u * 2u + (2u + firstEight) / 2u)][8u * (softRow % 16u * 2u + (2u + firstEight) % 2u) + 7u] = f16(unpack2x16float(packed[3])[1]);
+        let eight = select(packHalves(p2, p3), packHalves(p3, p0), turn == 1u);
+        probs[(softRow / 16u * 2u + (2u * softPart + (1u + turn) % 2u) / 2u)][8u * (softRow % 16u * 2u + (2u * softPart + (1u + turn) % 2u) % 2u) + 0u] = f16(unpack2x16float(eight[0])[0]);
+        probs[(softRow / 16u * 2u + (2u * softPart + (1u + turn) % 2u) / 2u)][8u * (softRow % 16u * 2u + (2u * softPart + (1u + turn) % 2u) % 2u) + 1u] = f16(unpack2x16float(eight[0])[1]);
+        probs[(softRow / 16u * 2u + (2u * softPart + (1u + turn) % 2u) / 2u)][8u * (softRow % 16u * 2u + (2u * softPart + (1u + turn) % 2u) % 2u) + 2u] = f16(unpack2x16float(eight[1])[0]);
+        probs[(softRow / 16u * 2u + (2u * softPart + (1u + turn) % 2u) / 2u)][8u * (softRow % 16u * 2u + (2u * softPart + (1u + turn) % 2u) % 2u) + 3u] = f16(unpack2x16float(eight[1])[1]);
+        probs[(softRow / 16u * 2u + (2u * softPart + (1u + turn) % 2u) / 2u)][8u * (softRow % 16u * 2u + (2u * softPart + (1u + turn) % 2u) % 2u) + 4u] = f16(unpack2x16float(eight[2])[0]);
+        probs[(softRow / 16u * 2u + (2u * softPart + (1u + turn) % 2u) / 2u)][8u * (softRow % 16u * 2u + (2u * softPart + (1u + turn) % 2u) % 2u) + 5u] = f16(unpack2x16float(eight[2])[1]);
+        probs[(softRow / 16u * 2u + (2u * softPart + (1u + turn) % 2u) / 2u)][8u * (softRow % 16u * 2u + (2u * softPart + (1u + turn) % 2u) % 2u) + 6u] = f16(unpack2x16float(eight[3])[0]);
+        probs[(softRow / 16u * 2u + (2u * softPart + (1u + turn) % 2u) / 2u)][8u * (softRow % 16u * 2u + (2u * softPart + (1u + turn) % 2u) % 2u) + 7u] = f16(unpack2x16float(eight[3])[1]);
       }
       if (masking) {
         value0 = finiteHalves(value0);

@@ -484,16 +484,17 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
       workgroupBarrier();
 
       let masking = true;
-      var x0 = scoreOf(vec4<f32>(scores[(softRow / 16u * 1u + 0u) * 160u + (4u * ((0u + softPart) % 8u) + 0u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 0u) * 160u + (4u * ((0u + softPart) % 8u) + 1u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 0u) * 160u + (4u * ((0u + softPart) % 8u) + 2u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 0u) * 160u + (4u * ((0u + softPart) % 8u) + 3u) * 5u + softRow % 16u / 4u][softRow % 4u]));
-      var x1 = scoreOf(vec4<f32>(scores[(softRow / 16u * 1u + 0u) * 160u + (4u * ((2u + softPart) % 8u) + 0u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 0u) * 160u + (4u * ((2u + softPart) % 8u) + 1u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 0u) * 160u + (4u * ((2u + softPart) % 8u) + 2u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 0u) * 160u + (4u * ((2u + softPart) % 8u) + 3u) * 5u + softRow % 16u / 4u][softRow % 4u]));
-      var x2 = scoreOf(vec4<f32>(scores[(softRow / 16u * 1u + 0u) * 160u + (4u * ((4u + softPart) % 8u) + 0u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 0u) * 160u + (4u * ((4u + softPart) % 8u) + 1u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 0u) * 160u + (4u * ((4u + softPart) % 8u) + 2u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 0u) * 160u + (4u * ((4u + softPart) % 8u) + 3u) * 5u + softRow % 16u / 4u][softRow % 4u]));
-      var x3 = scoreOf(vec4<f32>(scores[(softRow / 16u * 1u + 0u) * 160u + (4u * ((6u + softPart) % 8u) + 0u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 0u) * 160u + (4u * ((6u + softPart) % 8u) + 1u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 0u) * 160u + (4u * ((6u + softPart) % 8u) + 2u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 0u) * 160u + (4u * ((6u + softPart) % 8u) + 3u) * 5u + softRow % 16u / 4u][softRow % 4u]));
+      let turn = softPart % 2u;
+      var x0 = scoreOf(vec4<f32>(scores[(softRow / 16u * 1u + 4u * softPart / 8u) * 160u + (4u * (4u * softPart % 8u + 0u + turn) + 0u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 4u * softPart / 8u) * 160u + (4u * (4u * softPart % 8u + 0u + turn) + 1u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 4u * softPart / 8u) * 160u + (4u * (4u * softPart % 8u + 0u + turn) + 2u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 4u * softPart / 8u) * 160u + (4u * (4u * softPart % 8u + 0u + turn) + 3u) * 5u + softRow % 16u / 4u][softRow % 4u]));
+      var x1 = scoreOf(vec4<f32>(scores[(softRow / 16u * 1u + 4u * softPart / 8u) * 160u + (4u * (4u * softPart % 8u + 1u + turn) + 0u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 4u * softPart / 8u) * 160u + (4u * (4u * softPart % 8u + 1u + turn) + 1u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 4u * softPart / 8u) * 160u + (4u * (4u * softPart % 8u + 1u + turn) + 2u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 4u * softPart / 8u) * 160u + (4u * (4u * softPart % 8u + 1u + turn) + 3u) * 5u + softRow % 16u / 4u][softRow % 4u]));
+      var x2 = scoreOf(vec4<f32>(scores[(softRow / 16u * 1u + 4u * softPart / 8u) * 160u + (4u * (4u * softPart % 8u + 2u + turn) + 0u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 4u * softPart / 8u) * 160u + (4u * (4u * softPart % 8u + 2u + turn) + 1u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 4u * softPart / 8u) * 160u + (4u * (4u * softPart % 8u + 2u + turn) + 2u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 4u * softPart / 8u) * 160u + (4u * (4u * softPart % 8u + 2u + turn) + 3u) * 5u + softRow % 16u / 4u][softRow % 4u]));
+      var x3 = scoreOf(vec4<f32>(scores[(softRow / 16u * 1u + 4u * softPart / 8u) * 160u + (4u * (4u * softPart % 8u + 3u - 3u * turn) + 0u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 4u * softPart / 8u) * 160u + (4u * (4u * softPart % 8u + 3u - 3u * turn) + 1u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 4u * softPart / 8u) * 160u + (4u * (4u * softPart % 8u + 3u - 3u * turn) + 2u) * 5u + softRow % 16u / 4u][softRow % 4u], scores[(softRow / 16u * 1u + 4u * softPart / 8u) * 160u + (4u * (4u * softPart % 8u + 3u - 3u * turn) + 3u) * 5u + softRow % 16u / 4u][softRow % 4u]));
       if (masking) {
         let row = i32(block.rowStart + softRow);
         let end = vec4<i32>(min(row + block.diagonalEnd, i32(block.columnEnd)));
         let start = vec4<i32>(row + block.diagonalStart);
         {
-          let key = vec4<i32>(i32(keyBase + 4u * (0u + softPart))) + vec4<i32>(0, 1, 2, 3);
+          let key = vec4<i32>(i32(keyBase + 4u * (4u * softPart + 0u + turn))) + vec4<i32>(0, 1, 2, 3);
           let seen = (key < end) & (key >= start);
           if (seen[0] && row < i32(block.rowEnd)) { x0[0] = withTerm(x0[0], block.item, head, position + u32(row), u32(key[0]) - origin); } else { x0[0] = MASKED; }
           if (seen[1] && row < i32(block.rowEnd)) { x0[1] = withTerm(x0[1], block.item, head, position + u32(row), u32(key[1]) - origin); } else { x0[1] = MASKED; }
@@ -501,7 +502,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
           if (seen[3] && row < i32(block.rowEnd)) { x0[3] = withTerm(x0[3], block.item, head, position + u32(row), u32(key[3]) - origin); } else { x0[3] = MASKED; }
         }
         {
-          let key = vec4<i32>(i32(keyBase + 4u * (2u + softPart))) + vec4<i32>(0, 1, 2, 3);
+          let key = vec4<i32>(i32(keyBase + 4u * (4u * softPart + 1u + turn))) + vec4<i32>(0, 1, 2, 3);
           let seen = (key < end) & (key >= start);
           if (seen[0] && row < i32(block.rowEnd)) { x1[0] = withTerm(x1[0], block.item, head, position + u32(row), u32(key[0]) - origin); } else { x1[0] = MASKED; }
           if (seen[1] && row < i32(block.rowEnd)) { x1[1] = withTerm(x1[1], block.item, head, position + u32(row), u32(key[1]) - origin); } else { x1[1] = MASKED; }
@@ -509,7 +510,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
           if (seen[3] && row < i32(block.rowEnd)) { x1[3] = withTerm(x1[3], block.item, head, position + u32(row), u32(key[3]) - origin); } else { x1[3] = MASKED; }
         }
         {
-          let key = vec4<i32>(i32(keyBase + 4u * (4u + softPart))) + vec4<i32>(0, 1, 2, 3);
+          let key = vec4<i32>(i32(keyBase + 4u * (4u * softPart + 2u + turn))) + vec4<i32>(0, 1, 2, 3);
           let seen = (key < end) & (key >= start);
           if (seen[0] && row < i32(block.rowEnd)) { x2[0] = withTerm(x2[0], block.item, head, position + u32(row), u32(key[0]) - origin); } else { x2[0] = MASKED; }
           if (seen[1] && row < i32(block.rowEnd)) { x2[1] = withTerm(x2[1], block.item, head, position + u32(row), u32(key[1]) - origin); } else { x2[1] = MASKED; }
@@ -517,7 +518,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
           if (seen[3] && row < i32(block.rowEnd)) { x2[3] = withTerm(x2[3], block.item, head, position + u32(row), u32(key[3]) - origin); } else { x2[3] = MASKED; }
         }
         {
-          let key = vec4<i32>(i32(keyBase + 4u * (6u + softPart))) + vec4<i32>(0, 1, 2, 3);
+          let key = vec4<i32>(i32(keyBase + 4u * (4u * softPart + 3u - 3u * turn))) + vec4<i32>(0, 1, 2, 3);
           let seen = (key < end) & (key >= start);
           if (seen[0] && row < i32(block.rowEnd)) { x3[0] = withTerm(x3[0], block.item, head, position + u32(row), u32(key[0]) - origin); } else { x3[0] = MASKED; }
           if (seen[1] && row < i32(block.rowEnd)) { x3[1] = withTerm(x3[1], block.item, head, position + u32(row), u32(key[1]) - origin); } else { x3[1] = MASKED; }
@@ -556,41 +557,29 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
       rowSum += (p1.x + p1.y) + (p1.z + p1.w);
       rowSum += (p2.x + p2.y) + (p2.z + p2.w);
       rowSum += (p3.x + p3.y) + (p3.z + p3.w);
-      p0[0] = select(0.0, p0[0], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (0u + softPart) + 0u - origin) > 0.0);
-      p0[1] = select(0.0, p0[1], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (0u + softPart) + 1u - origin) > 0.0);
-      p0[2] = select(0.0, p0[2], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (0u + softPart) + 2u - origin) > 0.0);
-      p0[3] = select(0.0, p0[3], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (0u + softPart) + 3u - origin) > 0.0);
-      p1[0] = select(0.0, p1[0], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (2u + softPart) + 0u - origin) > 0.0);
-      p1[1] = select(0.0, p1[1], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (2u + softPart) + 1u - origin) > 0.0);
-      p1[2] = select(0.0, p1[2], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (2u + softPart) + 2u - origin) > 0.0);
-      p1[3] = select(0.0, p1[3], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (2u + softPart) + 3u - origin) > 0.0);
-      p2[0] = select(0.0, p2[0], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (4u + softPart) + 0u - origin) > 0.0);
-      p2[1] = select(0.0, p2[1], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (4u + softPart) + 1u - origin) > 0.0);
-      p2[2] = select(0.0, p2[2], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (4u + softPart) + 2u - origin) > 0.0);
-      p2[3] = select(0.0, p2[3], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (4u + softPart) + 3u - origin) > 0.0);
-      p3[0] = select(0.0, p3[0], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (6u + softPart) + 0u - origin) > 0.0);
-      p3[1] = select(0.0, p3[1], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (6u + softPart) + 1u - origin) > 0.0);
-      p3[2] = select(0.0, p3[2], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (6u + softPart) + 2u - origin) > 0.0);
-      p3[3] = select(0.0, p3[3], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (6u + softPart) + 3u - origin) > 0.0);
+      p0[0] = select(0.0, p0[0], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (4u * softPart + 0u + turn) + 0u - origin) > 0.0);
+      p0[1] = select(0.0, p0[1], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (4u * softPart + 0u + turn) + 1u - origin) > 0.0);
+      p0[2] = select(0.0, p0[2], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (4u * softPart + 0u + turn) + 2u - origin) > 0.0);
+      p0[3] = select(0.0, p0[3], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (4u * softPart + 0u + turn) + 3u - origin) > 0.0);
+      p1[0] = select(0.0, p1[0], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (4u * softPart + 1u + turn) + 0u - origin) > 0.0);
+      p1[1] = select(0.0, p1[1], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (4u * softPart + 1u + turn) + 1u - origin) > 0.0);
+      p1[2] = select(0.0, p1[2], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (4u * softPart + 1u + turn) + 2u - origin) > 0.0);
+      p1[3] = select(0.0, p1[3], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (4u * softPart + 1u + turn) + 3u - origin) > 0.0);
+      p2[0] = select(0.0, p2[0], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (4u * softPart + 2u + turn) + 0u - origin) > 0.0);
+      p2[1] = select(0.0, p2[1], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (4u * softPart + 2u + turn) + 1u - origin) > 0.0);
+      p2[2] = select(0.0, p2[2], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (4u * softPart + 2u + turn) + 2u - origin) > 0.0);
+      p2[3] = select(0.0, p2[3], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (4u * softPart + 2u + turn) + 3u - origin) > 0.0);
+      p3[0] = select(0.0, p3[0], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (4u * softPart + 3u - 3u * turn) + 0u - origin) > 0.0);
+      p3[1] = select(0.0, p3[1], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (4u * softPart + 3u - 3u * turn) + 1u - origin) > 0.0);
+      p3[2] = select(0.0, p3[2], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (4u * softPart + 3u - 3u * turn) + 2u - origin) > 0.0);
+      p3[3] = select(0.0, p3[3], keptFactor(dropped, position + block.rowStart + softRow, keyBase + 4u * (4u * softPart + 3u - 3u * turn) + 3u - origin) > 0.0);
       {
-        let quad = (softRow / 16u * 2u + (0u + softPart) / 4u) * 32u + (softRow % 16u * 4u + (0u + softPart) % 4u) / 2u;
-        probs[quad][2u * ((softRow % 16u * 4u + (0u + softPart) % 4u) % 2u)] = pack2x16float(p0.xy);
-        probs[quad][2u * ((softRow % 16u * 4u + (0u + softPart) % 4u) % 2u) + 1u] = pack2x16float(p0.zw);
+        let eight = select(packHalves(p0, p1), packHalves(p1, p2), turn == 1u);
+        probs[(softRow / 16u * 2u + (2u * softPart + (0u + turn) % 2u) / 2u) * 32u + softRow % 16u * 2u + (2u * softPart + (0u + turn) % 2u) % 2u] = eight;
       }
       {
-        let quad = (softRow / 16u * 2u + (2u + softPart) / 4u) * 32u + (softRow % 16u * 4u + (2u + softPart) % 4u) / 2u;
-        probs[quad][2u * ((softRow % 16u * 4u + (2u + softPart) % 4u) % 2u)] = pack2x16float(p1.xy);
-        probs[quad][2u * ((softRow % 16u * 4u + (2u + softPart) % 4u) % 2u) + 1u] = pack2x16float(p1.zw);
-      }
-      {
-        let quad = (softRow / 16u * 2u + (4u + softPart) / 4u) * 32u + (softRow % 16u * 4u + (4u + softPart) % 4u) / 2u;
-        probs[quad][2u * ((softRow % 16u * 4u + (4u + softPart) % 4u) % 2u)] = pack2x16float(p2.xy);
-        probs[quad][2u * ((softRow % 16u * 4u + (4u + softPart) % 4u) % 2u) + 1u] = pack2x16float(p2.zw);
-      }
-      {
-        let quad = (softRow / 16u * 2u + (6u + softPart) / 4u) * 32u + (softRow % 16u * 4u + (6u + softPart) % 4u) / 2u;
-        probs[quad][2u * ((softRow % 16u * 4u + (6u + softPart) % 4u) % 2u)] = pack2x16float(p3.xy);
-        probs[quad][2u * ((softRow % 16u * 4u + (6u + softPart) % 4u) % 2u) + 1u] = pack2x16float(p3.zw);
+        let eight = select(packHalves(p2, p3), packHalves(p3, p0), turn == 1u);
+        probs[(softRow / 16u * 2u + (2u * softPart + (1u + turn) % 2u) / 2u) * 32u + softRow % 16u * 2u + (2u * softPart + (1u + turn) % 2u) % 2u] = eight;
       }
       if (masking) {
         value0 = finiteHalves(value0);

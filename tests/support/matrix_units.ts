@@ -20,6 +20,11 @@ const native = skipEmulation === false
   ? await openDevice({ features: [subgroupMatrixFeature] }).then((device) => gpuContext(device), () => null)
   : null;
 
+/** Why tests of the units themselves are skipped, or false. */
+export const skipNative: string | false = native?.capabilities.matrixUnits
+  ? false
+  : "this adapter has no matrix units; deno task test:gpu runs these on one that has";
+
 /** A context whose kernels find matrix units: a device's own, or emulated ones. */
 export async function matrixContext(limits: Partial<GpuContext["capabilities"]["limits"]> = {}): Promise<GpuContext> {
   const context = native?.capabilities.matrixUnits ? native : await testContext();

@@ -5,9 +5,8 @@
 //           an H100), and the softmax reads a float of a different row in each lane
 //   probs   16 × 16 blocks in rows, eight keys stored at once
 //
-// Two invocations to a row and two subgroups that share rows: each invocation takes a subgroup's 16 keys, the second one
-// beginning four further on, so that both read from different banks, and storing its last eight keys first. Otherwise
-// neighbours take every rowThreads-th quad of keys and swap halves, so that each has eight keys to store.
+// `rowThreads` neighbouring invocations to a row, each with as many quads of keys next to each other. Every other one begins
+// with its second quad, so that neighbours read from different banks, and stores its second eight keys first.
 //
 // Where nothing but the scale stands between products and softmax, it is part of the exponent's multiply-add: 205 → 208
 // TFLOP/s causal, 211 with the turned keys. Backward multiplies first; a score of 20 then differs by 1e-6.
@@ -28,34 +27,21 @@ export function blockSoftmax(
   unit: MatrixUnit,
 ): string {
   const ownQuads = blockK / 4 / rowThreads;
-  const rotates = rowThreads === 2 && sharing === 2 && ownKeys === 1;
   const isScaledLast = terms.scoreTerm === "none" && !terms.softCap;
-  /** WGSL index of an invocation's j-th quad of keys within the block. */
-  const keyQuad = (j: number) =>
-    rotates
-      ? j < 3 ? `(${j}u + 5u * softPart)` : "(3u + softPart)"
-      : rowThreads === 1
-      ? `${j}u`
-      : `(${rowThreads * j}u + softPart)`;
+  /** Where the j-th quad of an invocation lies behind its first one. */
+  const turned = (j: number) =>
+    rowThreads === 1 ? `${j}u` : j + 1 < ownQuads ? `${j}u + turn` : `${j}u - ${ownQuads - 1}u * turn`;
+  /** WGSL index of it within the block. */
+  const keyQuad = (j: number) => `(${ownQuads}u * softPart + ${turned(j)})`;
 
-  const groupRows = rowFragments * fragmentSize;
   const scoreQuad = (j: number) => {
-    const ownQuadsOfKeys = ownKeys * fragmentSize / 4;
-    if (rotates) {
-      const part = unit.part(scores, `(softRow / ${groupRows}u * 2u + softPart)`);
-      const quad = j < 3 ? `(${j}u + softPart)` : "(3u - 3u * softPart)";
-      const read = (i: number) =>
-        unit.readFloat(
-          part,
-          `(4u * ${quad} + ${i}u) * ${scoreStride}u + softRow % ${groupRows}u / 4u`,
-          "softRow % 4u",
-        );
-      return `vec4<f32>(${[0, 1, 2, 3].map(read).join(", ")})`;
-    }
-    const isOne = ownQuadsOfKeys % rowThreads === 0;
-    const share = isOne ? `${Math.floor(rowThreads * j / ownQuadsOfKeys)}u` : `${keyQuad(j)} / ${ownQuadsOfKeys}u`;
+    const [groupRows, groupQuads] = [rowFragments * fragmentSize, ownKeys * fragmentSize / 4];
+    // Quads of one invocation are scores of one subgroup, unless it has more of them than a subgroup.
+    const [share, quad] = groupQuads % ownQuads === 0
+      ? [`${ownQuads}u * softPart / ${groupQuads}u`, `(${ownQuads}u * softPart % ${groupQuads}u + ${turned(j)})`]
+      : [`${keyQuad(j)} / ${groupQuads}u`, `(${keyQuad(j)} % ${groupQuads}u)`];
     const part = unit.part(scores, `(softRow / ${groupRows}u * ${sharing}u + ${share})`);
-    const column = (i: number) => `(4u * (${keyQuad(j)} % ${ownQuadsOfKeys}u) + ${i}u) * ${scoreStride}u`;
+    const column = (i: number) => `(4u * ${quad} + ${i}u) * ${scoreStride}u`;
     const read = (i: number) => unit.readFloat(part, `${column(i)} + softRow % ${groupRows}u / 4u`, "softRow % 4u");
     return `vec4<f32>(${[0, 1, 2, 3].map(read).join(", ")})`;
   };
@@ -88,43 +74,22 @@ ${
       `softRow % 16u * 2u + ${eight} % 2u`,
       value,
     );
-  const storeProbs = rotates
-    ? `{
-  let isOdd = softPart == 1u;
-  let first = packHalves(p0, p1);
-  let second = packHalves(p2, p3);
-  let one = select(first, vec4<u32>(first.zw, second.xy), isOdd);
-  let other = select(second, vec4<u32>(second.zw, first.xy), isOdd);
-${indent(storeEight("(3u * softPart)", "one"), 2)}
-${indent(storeEight("(1u + softPart)", "other"), 2)}
+  const eights = ownQuads / 2;
+  const packed = (first: number) => `packHalves(p${first % ownQuads}, p${(first + 1) % ownQuads})`;
+  const storeProbs = unroll(eights, (i) =>
+    rowThreads === 1
+      ? `{
+  let eight = ${packed(2 * i)};
+${indent(storeEight(`${i}u`, "eight"), 2)}
 }`
-    : rowThreads === 1
-    ? unroll(ownQuads / 2, (q) =>
-      `{
-  let packed = packHalves(p${2 * q}, p${2 * q + 1});
-${indent(storeEight(`${q}u`, "packed"), 2)}
-}`)
-    : unit.native
-    ? `let isOdd = softPart % 2u == 1u;
-let firstEight = (softPart + ${rowThreads}u * (softPart % 2u)) / 2u;
-${
-      unroll(ownQuads / 2, (m) =>
-        `{
-  let both = packHalves(p${2 * m}, p${2 * m + 1});
-  let sent = select(both.zw, both.xy, isOdd);
-  let got = vec2<u32>(subgroupShuffleXor(sent.x, 1u), subgroupShuffleXor(sent.y, 1u));
-  let packed = select(vec4<u32>(both.xy, got), vec4<u32>(got, both.zw), isOdd);
-${indent(storeEight(`(${rowThreads * m}u + firstEight)`, "packed"), 2)}
-}`)
-    }`
-    : unroll(ownQuads, (j) =>
-      unit.writeFour(
-        unit.part(probs, `(softRow / 16u * ${keyFragments}u + ${keyQuad(j)} / 4u)`),
-        `softRow % 16u * 4u + ${keyQuad(j)} % 4u`,
-        `p${j}`,
-      ));
+      : `{
+  let eight = select(${packed(2 * i)}, ${packed(2 * i + 1)}, turn == 1u);
+${indent(storeEight(`(${eights}u * softPart + (${i}u + turn) % ${eights}u)`, "eight"), 2)}
+}`);
 
-  return `${unroll(ownQuads, (j) => `var x${j} = ${isScaledLast ? "" : "scoreOf"}(${scoreQuad(j)});`)}
+  return `${rowThreads === 1 ? "" : "let turn = softPart % 2u;\n"}${
+    unroll(ownQuads, (j) => `var x${j} = ${isScaledLast ? "" : "scoreOf"}(${scoreQuad(j)});`)
+  }
 if (masking) {
 ${indent(masked, 2)}
 }
