@@ -31,9 +31,8 @@ export interface FlashMLAConfig {
   readonly gradBlock: number;
   /**
    * Whether products run on matrix units (a device feature, for tensors of halves and with the option `precision: "f16"`
-   * for all). Then `blockQ`, `blockK`, `numWarps` and
-   * `rowsPerThread` are the matrix kernel's: query rows, keys, subgroups, and query rows of a subgroup; the other fields
-   * hold for what matrix units cannot do.
+   * for all). Then `blockQ`, `blockK`, `numWarps` and `rowsPerThread` are the matrix kernel's: query rows, keys, subgroups,
+   * and query rows of a subgroup; the other fields hold for what matrix units cannot do.
    */
   readonly matrixUnits: boolean;
   /** The platform that this configuration is for. */

@@ -34,8 +34,9 @@ export interface TuneOptions {
 
 /**
  * Finds the fastest configuration by measuring. Every candidate is compiled, its output checked against that of the
- * kernel's baseline, warmed up, and timed in rounds with the others, so that a change of the card's clock meets all of them alike. Where an
- * operation has gradients they are checked and timed too; if no candidate can compute them, the forward run alone.
+ * kernel's baseline, warmed up, and timed in rounds with the others, so that a change of the card's clock meets all of them
+ * alike. Where an operation has gradients they are checked and timed too; if no candidate can compute them, the forward run
+ * alone.
  *
  * The first call of a new shape pays for this: about `totalBudgetMs`, and longer where the
  * candidates being compiled or a single run take longer than that: neither is interrupted. What there is no time for is recorded as rejected.
