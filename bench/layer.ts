@@ -11,13 +11,14 @@
 //   deno task bench:layer --tiny                      small layers and short sequences, to see that it runs
 //
 // The floor of a kernel is max(bytes / bandwidth, FLOPs / peak), that of a layer the sum over its kernels; a share is floor /
-// time. A layer is timed as all its dispatches in one pass, again and again; "call" is what a program waits for, with the
-// work on the host and the submission.
+// time. A layer is timed as all its dispatches in one pass, again and again. "calls in a row" is what a program takes that runs
+// layer after layer, the host's work and the kernels side by side.
 
 import { type HostTensor, MlaAttention, mlaModelConfig, openDevice, presets, toGpu } from "../mod.ts";
 import { readEnvironment } from "../src/environment.ts";
 import { type GpuContext, gpuContext } from "../src/gpu/device.ts";
 import { subgroupMatrixFeature } from "../src/gpu/request_device.ts";
+import { settled } from "../src/gpu/settled.ts";
 import { timingMethod } from "../src/gpu/timing.ts";
 import { weightShapes } from "../src/layer/layer_weights.ts";
 import type { Formulation } from "../src/op/formulation.ts";
@@ -71,7 +72,12 @@ interface Row {
   readonly us: number;
   readonly spread: number;
   readonly floorUs: number;
-  readonly callUs: number;
+  /** What a call takes until it returns: the work on the host, and the engine's. */
+  readonly hostUs: number;
+  /** What each of many calls takes, one submitted after another, and the last waited for. */
+  readonly rowUs: number;
+  /** What a call takes that is waited for until its kernels have run. */
+  readonly waitedUs: number;
   readonly kernels: readonly Kernel[];
 }
 
@@ -114,7 +120,7 @@ async function load(file: Readonly<Record<string, unknown>>): Promise<MlaAttenti
 async function measure(name: string, layer: MlaAttention, work: { tokens: number; before: number }): Promise<Row> {
   const { tokens, before } = work;
   const { hiddenSize } = layer.config;
-  using cache = await layer.createCache({ batch, length: before === 0 ? tokens : before + (2 + calls) * tokens });
+  using cache = await layer.createCache({ batch, length: before === 0 ? tokens : before + (7 + calls) * tokens });
   const states = async (length: number, seed: number) =>
     await toGpu({ ...repeated([batch, length, hiddenSize], 1, seed) } as HostTensor, context.device);
   for (let filled = 0; filled < before;) {
@@ -145,20 +151,33 @@ async function measure(name: string, layer: MlaAttention, work: { tokens: number
   }
   const [ms, spread] = await measureSteadily(context, caught.time(), 50, 7);
   caught.dispose();
-  const times: number[] = [];
+  const { queue } = context.device;
+  const hosts: number[] = [];
+  const done = () => settled(context.device, queue.onSubmittedWorkDone());
+  await done();
+  const started = performance.now();
   for (let i = 0; i < calls; i++) {
     const start = performance.now();
+    (await forward()).dispose();
+    hosts.push(performance.now() - start);
+  }
+  await done();
+  const rowUs = 1000 * (performance.now() - started) / calls;
+  const waits: number[] = [];
+  for (let i = 0; i < 5; i++) {
+    const start = performance.now();
     const output = await forward();
-    await context.device.queue.onSubmittedWorkDone();
-    times.push(performance.now() - start);
+    await done();
+    waits.push(performance.now() - start);
     output.dispose();
   }
-  times.sort((a, b) => a - b);
+  const median = (values: number[]) => 1000 * values.sort((a, b) => a - b)[values.length >> 1];
+  const [hostUs, waitedUs] = [median(hosts), median(waits)];
   const floorUs = kernels.reduce((sum, { floorUs }) => sum + (floorUs ?? 0), 0);
-  return { name, formulation, us: 1000 * ms, spread, floorUs, callUs: 1000 * times[calls >> 1], kernels };
+  return { name, formulation, us: 1000 * ms, spread, floorUs, hostUs, rowUs, waitedUs, kernels };
 }
 
-function print({ name, formulation, us, spread, floorUs, callUs, kernels }: Row): void {
+function print({ name, formulation, us, spread, floorUs, hostUs, rowUs, waitedUs, kernels }: Row): void {
   const line = (label: string, time: number, floor: number | null, spread: number) =>
     `  ${label.padEnd(18)} ${time.toFixed(1).padStart(10)} µs ` +
     (floor === null ? "" : `floor ${floor.toFixed(1).padStart(8)} µs, ${(100 * floor / time).toFixed(0).padStart(3)} %`)
@@ -167,7 +186,10 @@ function print({ name, formulation, us, spread, floorUs, callUs, kernels }: Row)
   console.log(`\n${name}, ${formulation}`);
   for (const kernel of kernels) console.log(line(kernel.label, kernel.us, kernel.floorUs, kernel.spread));
   console.log(line("layer", us, floorUs, spread));
-  console.log(`  ${"call".padEnd(18)} ${callUs.toFixed(1).padStart(10)} µs`);
+  const plain = (label: string, time: number) => `  ${label.padEnd(18)} ${time.toFixed(1).padStart(10)} µs`;
+  console.log(plain("host of a call", hostUs));
+  console.log(plain("calls in a row", rowUs));
+  console.log(plain("a call waited for", waitedUs));
 }
 
 const rows: Row[] = [];

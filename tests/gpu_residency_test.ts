@@ -579,8 +579,8 @@ describe("faults", { skip }, () => {
     const device = await openTestDevice();
     const { buffers } = await gpuContext(device);
     const [there, giveBack] = await upload(inputs, device);
+    // Kept, so that the next call has to ask for memory.
     const result = await mlaAttention(there, onGpu);
-    result.dispose();
     const [lent, idle] = [buffers.lent, buffers.idleBytes];
     assert(idle > 0);
     const popErrorScope = device.popErrorScope;
@@ -596,6 +596,7 @@ describe("faults", { skip }, () => {
     const again = await mlaAttention(there, onGpu);
     assertClose(await floats(again), expected, { relL2: 1e-5 });
     again.dispose();
+    result.dispose();
     giveBack();
     device.destroy();
   });

@@ -15,7 +15,6 @@ export const BufferUsage = {
 const usages = {
   storage: BufferUsage.STORAGE | BufferUsage.COPY_SRC | BufferUsage.COPY_DST,
   storageAndUniform: BufferUsage.STORAGE | BufferUsage.UNIFORM | BufferUsage.COPY_DST,
-  uniform: BufferUsage.UNIFORM | BufferUsage.COPY_DST,
   readback: BufferUsage.MAP_READ | BufferUsage.COPY_DST,
 } as const;
 
@@ -71,7 +70,7 @@ export class BufferPool {
       );
     }
     const rounded = Math.min(roundUp(size), this.#maxBufferSize);
-    const found = this.#idle.findIndex((idle) => idle.usage === usage && idle.buffer.size === rounded);
+    const found = this.#findIdle(usage, rounded);
     let buffer: GPUBuffer;
     if (found >= 0) {
       [{ buffer }] = this.#idle.splice(found, 1);
@@ -84,6 +83,11 @@ export class BufferPool {
     }
     this.#lent++;
     return buffer;
+  }
+
+  /** Whether {@link acquire} would find one at once, and ask nothing of the device. */
+  hasIdle(usage: PooledUsage, size: number): boolean {
+    return this.#findIdle(usage, Math.min(roundUp(size), this.#maxBufferSize)) >= 0;
   }
 
   /** Gives a borrowed buffer back. */
@@ -102,6 +106,11 @@ export class BufferPool {
   discard(buffer: GPUBuffer): void {
     this.#lent--;
     buffer.destroy();
+  }
+
+  /** What came back last is lent first: calls alike get the same buffers, which are bound already. */
+  #findIdle(usage: PooledUsage, size: number): number {
+    return this.#idle.findLastIndex((idle) => idle.usage === usage && idle.buffer.size === size);
   }
 
   /** Frees every idle buffer. */

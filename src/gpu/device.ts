@@ -3,10 +3,12 @@
 import { FlashMLAError } from "../op/errors.ts";
 import { kindOf } from "../op/tensor.ts";
 import { adapterInfoOf } from "./adapter_info.ts";
+import { BindGroupCache } from "./bind_groups.ts";
 import { BufferPool } from "./buffers.ts";
 import { probe } from "./capability_probe.ts";
 import { adapterName, type Capabilities, capabilitiesOf } from "./capabilities.ts";
 import { adapterAdvice, engineOf } from "./engine.ts";
+import { ParamBlocks } from "./param_blocks.ts";
 import { PipelineCache } from "./pipelines.ts";
 import { type DeviceOptions, requestDevice } from "./request_device.ts";
 
@@ -20,6 +22,10 @@ export interface GpuContext {
   readonly pipelines: PipelineCache;
   /** Its memory. */
   readonly buffers: BufferPool;
+  /** Parameter blocks in it. */
+  readonly params: ParamBlocks;
+  /** What binds it to kernels. */
+  readonly bindGroups: BindGroupCache;
   /** Why the device was lost, or null while it lives. */
   readonly lost: () => string | null;
 }
@@ -178,5 +184,7 @@ async function adopt(device: GPUDevice): Promise<GpuContext> {
     );
   });
   const buffers = new BufferPool(device, capabilities.limits.maxBufferSize);
-  return { device, capabilities, pipelines: new PipelineCache(device), buffers, lost };
+  const params = new ParamBlocks(device);
+  const bindGroups = new BindGroupCache(device);
+  return { device, capabilities, pipelines: new PipelineCache(device), buffers, params, bindGroups, lost };
 }

@@ -30,6 +30,8 @@ export async function inErrorScopes<Result>(context: GpuContext, step: string, w
   const errors = (await settled(device, Promise.all(scopes))).filter((error) => error !== null);
   const caught = errors.find(isOutOfMemory) ?? errors[0];
   if (caught) {
+    // One of them may be what was refused.
+    context.bindGroups.clear();
     // What lies idle may be what is missing, here or elsewhere.
     if (isOutOfMemory(caught)) {
       context.buffers.clear();

@@ -35,9 +35,13 @@ function allocateTensor<Type extends Stored>(
   shape: readonly number[],
   dtype: Type,
 ): PooledTensor<Type> {
-  const elementSize = dtype === "u8" ? 1 : dtype === "i32" ? 4 : elementBytes(dtype as "f32" | "f16");
-  const bytes = Math.max(4, Math.ceil(elementCount(shape) * elementSize / 4) * 4);
-  return new PooledTensor(context, context.buffers.acquire("storage", bytes), [...shape], dtype);
+  return new PooledTensor(context, context.buffers.acquire("storage", tensorBytes(shape, dtype)), [...shape], dtype);
+}
+
+/** Bytes of a dense tensor in whole words. */
+function tensorBytes(shape: readonly number[], dtype: Stored): number {
+  const elementSize = dtype === "u8" ? 1 : dtype === "i32" ? 4 : elementBytes(dtype);
+  return Math.max(4, Math.ceil(elementCount(shape) * elementSize / 4) * 4);
 }
 
 /** A tensor in a buffer of the device's pool. */
@@ -153,14 +157,18 @@ export async function allocated<Type extends Stored>(
   context: GpuContext,
   shape: readonly number[],
   dtype: Type,
-  step: (tensor: { readonly buffer: GPUBuffer }) => void = () => {},
+  step?: (tensor: { readonly buffer: GPUBuffer }) => void,
 ): Promise<PooledTensor<Type>> {
+  // Nothing is asked of the device that it could refuse.
+  if (step === undefined && context.buffers.hasIdle("storage", tensorBytes(shape, dtype))) {
+    return await unlessLost(context, () => Promise.resolve(allocateTensor(context, shape, dtype)));
+  }
   let made: PooledTensor<Type> | undefined;
   try {
     return await unlessLost(context, () =>
       inErrorScopes(context, "hold a tensor", () => {
         made = allocateTensor(context, shape, dtype);
-        step(made);
+        step?.(made);
         return made;
       }));
   } catch (error) {

@@ -1,9 +1,11 @@
 // A few kernels in order with the memory that they borrow: bound, recorded, run and timed as one.
 
 import { FlashMLAError } from "../op/errors.ts";
+import type { BoundBuffers } from "./bind_groups.ts";
 import type { PooledUsage } from "./buffers.ts";
 import { type GpuContext, unlessLost } from "./device.ts";
 import { foreignBuffer, inErrorScopes } from "./error_scopes.ts";
+import { isOwnEncoder } from "./own_encoder.ts";
 
 /** A kernel to run. */
 export interface KernelStep {
@@ -37,6 +39,7 @@ interface Bound {
 export class KernelSteps {
   readonly #context: GpuContext;
   readonly #borrowed: { readonly usage: PooledUsage; readonly buffer: GPUBuffer }[] = [];
+  readonly #params: GPUBuffer[] = [];
   readonly #copies: BufferCopy[] = [];
   readonly #last: { encode(pass: GPUComputePassEncoder): void; dispose(): void }[] = [];
   #bound: readonly Bound[] = [];
@@ -56,7 +59,7 @@ export class KernelSteps {
   /** Memory that holds some bytes, a multiple of four. */
   upload(
     data: ArrayBuffer | Uint32Array<ArrayBuffer> | Int32Array<ArrayBuffer>,
-    usage: PooledUsage = "storage",
+    usage: "storage" | "storageAndUniform" = "storage",
   ): GPUBuffer {
     const buffer = this.borrow(data.byteLength, usage);
     if (data.byteLength > 0) this.#context.device.queue.writeBuffer(buffer, 0, data);
@@ -68,7 +71,9 @@ export class KernelSteps {
     const size = Math.ceil(data.byteLength / 16) * 16;
     const whole = new Uint8Array(size);
     whole.set(new Uint8Array(data instanceof ArrayBuffer ? data : data.buffer, 0, data.byteLength));
-    return { buffer: this.upload(whole.buffer, "uniform"), size };
+    const buffer = this.#context.params.lend(new Uint16Array(whole.buffer));
+    this.#params.push(buffer);
+    return { buffer, size };
   }
 
   /** Adds a copy; copies happen before all kernels. */
@@ -89,31 +94,28 @@ export class KernelSteps {
    * @throws {FlashMLAError} When a kernel does not compile or a buffer cannot be bound.
    */
   async bind(what: string, steps: readonly KernelStep[]): Promise<void> {
-    const { pipelines, device } = this.#context;
+    const { pipelines, bindGroups } = this.#context;
     const compiled = await unlessLost(
       this.#context,
       () => Promise.all(steps.map(({ label, code }) => pipelines.get(label, code))),
     );
-    this.#bound = await unlessLost(
-      this.#context,
-      () =>
-        inErrorScopes(this.#context, what, () =>
-          steps.map(({ label, bindings, workgroups }, i) => ({
-            label,
-            pipeline: compiled[i],
-            workgroups,
-            bindGroup: device.createBindGroup({
-              // Kernels alike share a pipeline: this is the name that tells them apart in captures.
-              label: `flash-mla ${label}`,
-              layout: compiled[i].getBindGroupLayout(0),
-              entries: Object.entries(bindings).flatMap(([binding, resource]) =>
-                resource === undefined ? [] : [{ binding: Number(binding), resource }]
-              ),
-            }),
-          }))),
-    ).catch((error) => {
-      throw foreignBuffer(what, error) ?? error;
-    });
+    const wanted = steps.map(({ label, bindings }, i) => [compiled[i], label, entriesOf(bindings)] as const);
+    const known = wanted.map((group) => bindGroups.find(...group));
+    // Nothing is asked of the device, then, that it could refuse.
+    const groups = known.every((group) => group !== undefined)
+      ? known
+      : await unlessLost(
+        this.#context,
+        () => inErrorScopes(this.#context, what, () => wanted.map((group) => bindGroups.get(...group))),
+      ).catch((error) => {
+        throw foreignBuffer(what, error) ?? error;
+      });
+    this.#bound = steps.map(({ label, workgroups }, i) => ({
+      label,
+      workgroups,
+      pipeline: compiled[i],
+      bindGroup: groups[i],
+    }));
   }
 
   /** The names of the kernels. */
@@ -162,6 +164,10 @@ export class KernelSteps {
 
   /** Records everything into a caller's encoder. */
   async record(encoder: GPUCommandEncoder, what: string, check: () => void = () => {}): Promise<void> {
+    if (isOwnEncoder(encoder)) {
+      check();
+      return this.encode(encoder);
+    }
     await inErrorScopes(this.#context, what, () => {
       check();
       this.encode(encoder);
@@ -174,13 +180,24 @@ export class KernelSteps {
 
   /** Gives the borrowed memory back, when the work was submitted or never will be. Calling it twice does no harm. */
   dispose(): void {
-    for (const { usage, buffer } of this.#borrowed.splice(0)) this.#context.buffers.release(usage, buffer);
+    const { buffers, params } = this.#context;
+    // In the order in which the next call asks for them.
+    for (const { usage, buffer } of this.#borrowed.splice(0).reverse()) buffers.release(usage, buffer);
+    for (const buffer of this.#params.splice(0)) params.giveBack(buffer);
     for (const work of this.#last.splice(0)) work.dispose();
   }
 
   /** The same after a failure: any of the buffers may be one that the device refused. */
   discard(): void {
-    for (const { buffer } of this.#borrowed.splice(0)) this.#context.buffers.discard(buffer);
+    const { buffers, params } = this.#context;
+    for (const { buffer } of this.#borrowed.splice(0)) buffers.discard(buffer);
+    for (const buffer of this.#params.splice(0)) params.discard(buffer);
     for (const work of this.#last.splice(0)) work.dispose();
   }
+}
+
+function entriesOf(bindings: KernelStep["bindings"]): BoundBuffers {
+  return Object.entries(bindings).flatMap(([binding, resource]) =>
+    resource === undefined ? [] : [{ binding: Number(binding), resource }]
+  );
 }

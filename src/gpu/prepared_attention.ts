@@ -8,6 +8,7 @@ import type { CompiledPlan } from "./compiled_plan.ts";
 import { type GpuContext, unlessLost } from "./device.ts";
 import type { Binding, Dispatch, Operand, Schedule } from "./dispatch_plan.ts";
 import { foreignBuffer, inErrorScopes } from "./error_scopes.ts";
+import { isOwnEncoder } from "./own_encoder.ts";
 import type { StorageType } from "./operand_layout.ts";
 import type { ResidentCall } from "./resident_call.ts";
 import { settled } from "./settled.ts";
@@ -91,6 +92,10 @@ export class PreparedAttention {
 
   /** Records the call into a caller's encoder. */
   async record(encoder: GPUCommandEncoder): Promise<void> {
+    if (isOwnEncoder(encoder)) {
+      this.#call.checkAlive();
+      return this.encode(encoder);
+    }
     await inErrorScopes(this.#context, "record its kernels", () => {
       this.#call.checkAlive();
       this.encode(encoder);
@@ -246,8 +251,7 @@ function bindDispatches(context: GpuContext, compiled: CompiledPlan, call: Resid
       binding,
       resource: { buffer: buffer(operand, dispatch.range), offset, size },
     }));
-    const label = `flash-mla ${dispatch.kernel}`;
-    const bindGroup = context.device.createBindGroup({ label, layout: pipeline.getBindGroupLayout(0), entries });
+    const bindGroup = context.bindGroups.get(pipeline, dispatch.kernel, entries);
     return { ...dispatch, pipeline, bindGroup };
   });
 }

@@ -12,6 +12,7 @@ import { allocated } from "../gpu/gpu_tensor.ts";
 import { halfCopy, halfPipeline } from "../gpu/half_copy.ts";
 import { KernelSteps } from "../gpu/kernel_steps.ts";
 import { bytesOf } from "../gpu/layer_steps.ts";
+import { ownEncoder } from "../gpu/own_encoder.ts";
 import { linearBytes, type LinearRows, linearSteps, plainRows } from "../gpu/linear.ts";
 import { batchGap, residentLayout, rowWindow } from "../gpu/operand_layout.ts";
 import { submit, submitAndRead } from "../gpu/submission.ts";
@@ -57,6 +58,7 @@ export async function gpuLayer(
 interface Recorded {
   readonly encoder: GPUCommandEncoder;
   readonly steps: KernelSteps[];
+  /** The steps, and what else has memory, in the order in which they took it. */
   readonly held: { dispose(): void }[];
 }
 
@@ -94,7 +96,7 @@ class GpuLayer implements LayerTarget {
     if (elementCount(hiddenStates.shape) === 0) {
       return resident ? await allocated(context, hiddenStates.shape, dtype) : zeros(hiddenStates.shape, dtype);
     }
-    const encoder = context.device.createCommandEncoder({ label: "flash-mla layer" });
+    const encoder = ownEncoder(context.device, "flash-mla layer");
     const recorded: Recorded = { encoder, steps: [], held: [] };
     let output: OwnedGpuTensor | undefined;
     try {
@@ -118,7 +120,8 @@ class GpuLayer implements LayerTarget {
       this.#checkAlive(hiddenStates, cache);
       throw foreignBuffer("run the layer", error) ?? error;
     } finally {
-      for (const part of [...recorded.steps, ...recorded.held]) part.dispose();
+      // The other way round, so that the next call finds everything where this one did.
+      for (const part of recorded.held.reverse()) part.dispose();
     }
   }
 
@@ -252,9 +255,10 @@ class GpuLayer implements LayerTarget {
     });
   }
 
-  #steps({ steps }: Recorded): KernelSteps {
+  #steps({ steps, held }: Recorded): KernelSteps {
     const made = new KernelSteps(this.#context);
     steps.push(made);
+    held.push(made);
     return made;
   }
 }

@@ -9,12 +9,12 @@ export function mostTokens({ tokenStarts }: DecodeProblem): number {
   return tokenStarts.reduce((most, start, i) => Math.max(most, start - tokenStarts[Math.max(0, i - 1)]), 0);
 }
 
-/** A call's exact shapes and options, but for where its sequences lie. */
+/** A call's exact shapes and options, but for where its sequences lie and how long they are: those are values. */
 export function decodeSignature(problem: DecodeProblem): unknown {
   const { seqLens, tokenStarts, ...dimensions } = problem;
   return {
     ...dimensions,
-    keys: seqLens === null ? "on the GPU" : seqLens.reduce((sum, keys) => sum + keys, 0),
+    seqLens: seqLens === null ? "on the GPU" : "on the host",
     tokens: tokenStarts[tokenStarts.length - 1],
   };
 }

@@ -140,7 +140,7 @@ async function shortlist<Call, Cfg, Out>(
 ): Promise<Shortlist<Cfg>> {
   let known = shortlists.get(kernel) as Map<string, Shortlist<Cfg>> | undefined;
   if (known === undefined) shortlists.set(kernel, known = new Map<string, Shortlist<Cfg>>());
-  const name = `${invocation.device} ${callKey}${measuring.forwardOnly ? " forward only" : ""}`;
+  const name = `${invocation.device} ${callKey} ${invocation.bucket}${measuring.forwardOnly ? " forward only" : ""}`;
   const found = known.get(name);
   if (found !== undefined) return found;
   let made: Shortlist<Cfg>;

@@ -85,11 +85,12 @@ const hashes = new Map<string, Promise<string>>();
  * SubtleCrypto. Remembered, since calls repeat.
  */
 export function hashJson(value: unknown): Promise<string> {
-  const text = JSON.stringify(value, sortKeys);
+  // Sorting takes longer than looking it up: the same call writes its keys in the same order.
+  const text = JSON.stringify(value);
   let hash = hashes.get(text);
   if (hash === undefined) {
     if (hashes.size >= 4096) hashes.clear();
-    hashes.set(text, hash = sha256Head(text));
+    hashes.set(text, hash = sha256Head(JSON.stringify(value, sortKeys)));
   }
   return hash;
 }

@@ -1,0 +1,71 @@
+// Parameter blocks by their content: dimensions and strides, which one call after another has in common. A block that is known
+// is not written again, and what binds it can be remembered, too.
+
+import { BufferUsage } from "./buffers.ts";
+
+/** Blocks that are kept. */
+const mostBlocks = 1024;
+
+interface Block {
+  readonly buffer: GPUBuffer;
+  /** Calls that have it. */
+  users: number;
+}
+
+/** The parameter blocks of one device. */
+export class ParamBlocks {
+  readonly #device: GPUDevice;
+  /** In the order of their last use. */
+  readonly #blocks = new Map<string, Block>();
+  readonly #keys = new WeakMap<GPUBuffer, string>();
+
+  /** @param device The device. */
+  constructor(device: GPUDevice) {
+    this.#device = device;
+  }
+
+  /**
+   * Lends a block; nobody may write to it.
+   *
+   * @param words Its content.
+   */
+  lend(words: Uint16Array<ArrayBuffer>): GPUBuffer {
+    const key = String.fromCharCode(...words);
+    let block = this.#blocks.get(key);
+    if (block === undefined) {
+      const usage = BufferUsage.UNIFORM | BufferUsage.COPY_DST;
+      block = { buffer: this.#device.createBuffer({ label: "flash-mla params", size: words.byteLength, usage }), users: 0 };
+      this.#device.queue.writeBuffer(block.buffer, 0, words);
+      this.#keys.set(block.buffer, key);
+    }
+    block.users++;
+    this.#blocks.delete(key);
+    this.#blocks.set(key, block);
+    this.#trim();
+    return block.buffer;
+  }
+
+  /** Gives a block back. */
+  giveBack(buffer: GPUBuffer): void {
+    const block = this.#blocks.get(this.#keys.get(buffer) ?? "");
+    if (block?.buffer === buffer) block.users--;
+  }
+
+  /** The same after a failure: it may be one that the device refused, and no other call gets it. */
+  discard(buffer: GPUBuffer): void {
+    this.giveBack(buffer);
+    const key = this.#keys.get(buffer) ?? "";
+    if (this.#blocks.get(key)?.buffer === buffer) this.#blocks.delete(key);
+  }
+
+  /** Forgets the blocks used longest ago, those in use excepted. */
+  #trim(): void {
+    if (this.#blocks.size <= mostBlocks) return;
+    for (const [key, { buffer, users }] of this.#blocks) {
+      if (users > 0) continue;
+      this.#blocks.delete(key);
+      buffer.destroy();
+      if (this.#blocks.size <= mostBlocks) return;
+    }
+  }
+}
