@@ -6,10 +6,10 @@ import { bytesOf, normStep, rotateStep, type RotateWork } from "../gpu/layer_ste
 import { linearBytes, type LinearRows, linearSteps, plainRows } from "../gpu/linear.ts";
 import type { MlaModelConfig } from "../model/attention_config.ts";
 import { queryFactors } from "../model/query_factors.ts";
-import { rotaryTable } from "../model/rotary.ts";
 import type { GpuTensor } from "../op/tensor.ts";
 import type { GpuLayerWeights } from "./gpu_weights.ts";
 import type { LayerCall } from "./layer_call.ts";
+import { rotaryTurns } from "./rotary_turns.ts";
 
 /**
  * Plans them.
@@ -89,23 +89,9 @@ export function layerProjections(
   };
 }
 
-/** Cosines and sines of every token; each sequence's by itself, since stretched positions depend on how long it is. */
-function turnsOf(
-  steps: KernelSteps,
-  { tokenStarts, positions }: LayerCall,
-  { rope }: MlaModelConfig,
-): GPUBufferBinding | null {
+function turnsOf(steps: KernelSteps, call: LayerCall, { rope }: MlaModelConfig): GPUBufferBinding | null {
   if (rope === null) return null;
-  const pairs = rope.dim / 2;
-  const turns = new Float32Array(Math.max(4, positions.length * pairs * 2));
-  for (let s = 0; s + 1 < tokenStarts.length; s++) {
-    const { cos, sin } = rotaryTable(rope, positions.subarray(tokenStarts[s], tokenStarts[s + 1]));
-    const at = tokenStarts[s] * pairs * 2;
-    for (let i = 0; i < cos.length; i++) {
-      turns[at + 2 * i] = cos[i];
-      turns[at + 2 * i + 1] = sin[i];
-    }
-  }
+  const turns = rotaryTurns(rope, call);
   return { buffer: steps.upload(turns.buffer), size: turns.byteLength };
 }
 
