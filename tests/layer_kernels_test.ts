@@ -220,9 +220,10 @@ test("norms agree with the oracle, and leave what is between the parts alone", {
         widths: fc.array(fc.integer({ min: 1, max: 300 }), { minLength: 1, maxLength: 2 }),
         before: fc.integer({ min: 0, max: 5 }),
         epsilon: fc.constantFrom(1e-6, 1e-2),
+        inHalves: fc.boolean(),
         seed: fc.integer({ min: 0, max: 1e6 }),
       }),
-      async ({ rows, widths, before, epsilon, seed }) => {
+      async ({ rows, widths, before, epsilon, inHalves, seed }) => {
         let row = before;
         let weightAt = 0;
         const parts = widths.map((width) => {
@@ -235,19 +236,31 @@ test("norms agree with the oracle, and leave what is between the parts alone", {
         const weights = drawn(weightAt, seed + 1);
         const random = normals(seed);
         const expected = new Float32Array(values);
+        const apart = inHalves && context.capabilities.f16;
+        const expectedApart = new Float32Array(apart ? rows * parts[0].width : 0);
         for (const { first, width, weight } of parts) {
           for (let r = 0; r < rows; r++) {
             const own = Float32Array.from({ length: width }, random);
             values.set(own, r * row + first);
-            expected.set(rmsNorm(own, weights.subarray(weight, weight + width), epsilon), r * row + first);
+            const normed = rmsNorm(own, weights.subarray(weight, weight + width), epsilon);
+            const isApart = apart && weight === 0;
+            if (isApart) expectedApart.set(normed, r * width);
+            expected.set(isApart ? own : normed, r * row + first);
           }
         }
         const steps = new KernelSteps(context);
         const buffer = uploaded(steps, values, "f32");
-        const step = normStep(steps, { buffer, count: rows, row }, parts, uploaded(steps, weights, "f32"), epsilon);
+        const halves = apart ? steps.borrow(bytesOf(expectedApart.length, "f16")) : undefined;
+        const norms = uploaded(steps, weights, "f32");
+        const step = normStep(steps, { buffer, count: rows, row }, parts, norms, epsilon, halves);
         const found = await result(context, steps, [step], { buffer, dtype: "f32", count: rows * row });
-        steps.dispose();
         assertClose({ data: found, shape: [rows * row] }, { data: expected, shape: [rows * row] }, { relL2: 1e-6 });
+        if (halves !== undefined) {
+          const count = expectedApart.length;
+          const rounded = await result(context, steps, [], { buffer: halves, dtype: "f16", count });
+          assertClose({ data: rounded, shape: [count] }, { data: expectedApart, shape: [count] }, { relL2: 1e-3 });
+        }
+        steps.dispose();
       },
     ),
     { numRuns: 25 },

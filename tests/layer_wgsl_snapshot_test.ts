@@ -25,7 +25,8 @@ const kernels: Record<string, string> = {
   "linear_matrix_floats_bias": matrixExpand.wgsl(gemm, {
     ...{ latent: "vec4<f32>", weight: "vec4<f16>", headDim: 64, gapped: false, result: "floats", bias: true },
   }, "template"),
-  "rms_norm": rmsNorm.wgsl(),
+  "rms_norm": rmsNorm.wgsl({ halves: false }),
+  "rms_norm_halves": rmsNorm.wgsl({ halves: true }),
   "rotate_interleaved": rotate.wgsl({
     ...{ source: "vec4<f32>", result: "vec4<f16>", before: 128, dim: 64, layout: "interleaved", tempered: false },
   }),

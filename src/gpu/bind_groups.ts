@@ -34,7 +34,9 @@ export class BindGroupCache {
   /** The group that binds these, if it was made before. */
   find(pipeline: GPUComputePipeline, label: string, entries: BoundBuffers): GPUBindGroup | undefined {
     let branch = this.#root.next.get(pipeline);
-    for (let i = 0; branch !== undefined && i < entries.length; i++) branch = branch.next.get(entries[i].resource.buffer);
+    for (let i = 0; branch !== undefined && i < entries.length; i++) {
+      branch = branch.next.get(entries[i].resource.buffer);
+    }
     return branch?.groups.get(leafKey(label, entries));
   }
 

@@ -163,8 +163,17 @@ export function adapterName(info: GPUAdapterInfo | undefined): string {
   return description || [vendor, architecture, device].filter((part) => part !== "").join(" ") || "unnamed adapter";
 }
 
+/** Every call asks for it. */
+const fingerprints = new WeakMap<Capabilities, string>();
+
 /** One line that two devices share exactly when a configuration tuned on one is valid on the other. */
 export function deviceFingerprint(capabilities: Capabilities): string {
+  let fingerprint = fingerprints.get(capabilities);
+  if (fingerprint === undefined) fingerprints.set(capabilities, fingerprint = fingerprintOf(capabilities));
+  return fingerprint;
+}
+
+function fingerprintOf(capabilities: Capabilities): string {
   const { engine, adapter, f16, subgroups, timestamps, subgroupMatrices, matrixUnits, limits } = capabilities;
   return [
     // Dawn compiles the same kernels in every runtime that hosts it.

@@ -18,6 +18,7 @@ import * as linearRows from "./kernels/linear_rows.ts";
 import * as mergeSplits from "./kernels/merge_splits.ts";
 import * as projectOutput from "./kernels/project_output.ts";
 import * as rowStats from "./kernels/row_stats.ts";
+import * as rmsNorm from "./kernels/rms_norm.ts";
 import * as rotate from "./kernels/rotate.ts";
 import * as sinkGradient from "./kernels/sink_gradient.ts";
 import * as matrixAbsorbed from "./kernels/matrix_absorbed_attend.ts";
@@ -94,6 +95,11 @@ export function expandSource(tile: expand.ExpandTile, shape: expand.ExpandShape)
 /** A linear layer of a few rows. */
 export function linearRowsSource(tile: linearRows.LinearRowsTile, shape: linearRows.LinearRowsShape): string {
   return remembered(`linear rows ${JSON.stringify([tile, shape])}`, () => linearRows.wgsl(tile, shape));
+}
+
+/** Norms of rows. */
+export function normSource(shape: Parameters<typeof rmsNorm.wgsl>[0]): string {
+  return remembered(`rms norm ${shape.halves}`, () => rmsNorm.wgsl(shape));
 }
 
 /** The rotary embedding. */

@@ -102,14 +102,12 @@ export class KernelSteps {
     const wanted = steps.map(({ label, bindings }, i) => [compiled[i], label, entriesOf(bindings)] as const);
     const known = wanted.map((group) => bindGroups.find(...group));
     // Nothing is asked of the device, then, that it could refuse.
-    const groups = known.every((group) => group !== undefined)
-      ? known
-      : await unlessLost(
-        this.#context,
-        () => inErrorScopes(this.#context, what, () => wanted.map((group) => bindGroups.get(...group))),
-      ).catch((error) => {
-        throw foreignBuffer(what, error) ?? error;
-      });
+    const groups = known.every((group) => group !== undefined) ? known : await unlessLost(
+      this.#context,
+      () => inErrorScopes(this.#context, what, () => wanted.map((group) => bindGroups.get(...group))),
+    ).catch((error) => {
+      throw foreignBuffer(what, error) ?? error;
+    });
     this.#bound = steps.map(({ label, workgroups }, i) => ({
       label,
       workgroups,

@@ -1,8 +1,7 @@
 // The steps of a model's attention layer that are neither products nor attention: norms and the rotary embedding.
 
-import { rotateSource } from "./kernel_sources.ts";
+import { normSource, rotateSource } from "./kernel_sources.ts";
 import type { KernelStep, KernelSteps } from "./kernel_steps.ts";
-import * as norm from "./kernels/rms_norm.ts";
 import * as rotate from "./kernels/rotate.ts";
 import { storageElement } from "./kernels/storage_element.ts";
 import { checkBinding } from "./limit_checks.ts";
@@ -29,13 +28,23 @@ export interface NormedPart {
   readonly weight: number;
 }
 
-/** Norms one or two parts of rows, in place. */
+/**
+ * Norms one or two parts of rows, in place.
+ *
+ * @param steps Takes the parameters.
+ * @param rows The rows.
+ * @param parts The parts.
+ * @param weights Their weights, float32.
+ * @param epsilon What is added to the mean of the squares.
+ * @param halves Takes the first part, dense, instead of the rows.
+ */
 export function normStep(
   steps: KernelSteps,
   rows: FloatRows,
   parts: readonly NormedPart[],
   weights: GPUBuffer,
   epsilon: number,
+  halves?: GPUBuffer,
 ): KernelStep {
   const params = new ArrayBuffer(48);
   const words = new Uint32Array(params);
@@ -44,11 +53,12 @@ export function normStep(
   new Float32Array(params)[10] = epsilon;
   return {
     label: "rms norm",
-    code: norm.wgsl(),
+    code: normSource({ halves: halves !== undefined }),
     bindings: {
       0: steps.params(params),
       1: { buffer: weights },
       2: { buffer: rows.buffer, size: bytesOf(rows.count * rows.row, "f32") },
+      3: halves && { buffer: halves, size: bytesOf(rows.count * parts[0].width, "f16") },
     },
     workgroups: [Math.min(rows.count, 65_535), parts.length],
   };

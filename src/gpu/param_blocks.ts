@@ -30,11 +30,14 @@ export class ParamBlocks {
    * @param words Its content.
    */
   lend(words: Uint16Array<ArrayBuffer>): GPUBuffer {
-    const key = String.fromCharCode(...words);
+    const key = String.fromCharCode.apply(null, words as unknown as number[]);
     let block = this.#blocks.get(key);
     if (block === undefined) {
       const usage = BufferUsage.UNIFORM | BufferUsage.COPY_DST;
-      block = { buffer: this.#device.createBuffer({ label: "flash-mla params", size: words.byteLength, usage }), users: 0 };
+      block = {
+        buffer: this.#device.createBuffer({ label: "flash-mla params", size: words.byteLength, usage }),
+        users: 0,
+      };
       this.#device.queue.writeBuffer(block.buffer, 0, words);
       this.#keys.set(block.buffer, key);
     }

@@ -3,7 +3,7 @@
 import type { GpuContext } from "../gpu/device.ts";
 import type { KernelStep, KernelSteps } from "../gpu/kernel_steps.ts";
 import { bytesOf, normStep, rotateStep, type RotateWork } from "../gpu/layer_steps.ts";
-import { linearBytes, type LinearRows, linearSteps, plainRows } from "../gpu/linear.ts";
+import { linearBytes, linearKernel, type LinearRows, linearSteps, plainRows } from "../gpu/linear.ts";
 import type { MlaModelConfig } from "../model/attention_config.ts";
 import { queryFactors } from "../model/query_factors.ts";
 import type { GpuTensor } from "../op/tensor.ts";
@@ -45,13 +45,18 @@ export function layerProjections(
     ...(qLoraRank === null ? [] : [{ first: 0, width: qLoraRank, weight: 0 }]),
     { first, width: L, weight: qLoraRank ?? 0 },
   ];
+  // Matrix units read halves, and twice as fast where they lie as such.
+  const onUnits = queryUp !== null && qLoraRank! % 8 === 0 && linearKernel(count, queryUp, capabilities) === "matrix";
+  const halves = onUnits ? steps.borrow(bytesOf(count * qLoraRank!, "f16")) : undefined;
   const kernels = [
     ...linearSteps(steps, capabilities, "down projections", input, down, wide),
-    normStep(steps, { buffer: wide.buffer, count, row: width }, parts, norms, latentNormEps),
+    normStep(steps, { buffer: wide.buffer, count, row: width }, parts, norms, latentNormEps, halves),
   ];
   let source: RotateWork["source"] = { ...wide, base: 0, row: width };
   if (queryUp !== null) {
-    const latent = plainRows(wide.buffer, "f32", count, width);
+    const latent = halves === undefined
+      ? plainRows(wide.buffer, "f32", count, width)
+      : plainRows(halves, "f16", count, qLoraRank!);
     const result = { buffer: steps.borrow(linearBytes(count, queryUp, dtype)), dtype };
     kernels.push(...linearSteps(steps, capabilities, "q_b_proj", latent, queryUp, result));
     source = { ...result, base: 0, row: queryUp.outputs };
