@@ -513,6 +513,33 @@ describe("decoding with everything on the GPU", { skip }, () => {
     cache.dispose();
   });
 
+  test("rows of a cache tensor with anything between them, to whole quads and past them", async () => {
+    await testContext();
+    for (const [kind, dtype, quad] of [["odd", "f32", 4], ["oddHalves", "f16", 8]] as const) {
+      const plain = { absorbed: false, sinks: "none", logitsSoftCap: null, pageSize: 0 } as const;
+      const call = drawn({ ...kinds[kind], ...plain, dtype, query: dtype }, [[9, 1], [6, 1]]);
+      const expected = forward(call);
+      const width = call.rows[0].shape[2];
+      for (const between of [quad - width % quad, quad, 3]) {
+        const row = width + between;
+        const data = new Float32Array(2 * 10 * row).fill(NaN);
+        call.rows.forEach((rows, s) => {
+          for (let key = 0; key < rows.shape[1]; key++) {
+            data.set(rows.data.subarray(key * width, (key + 1) * width), (10 * s + key) * row);
+          }
+        });
+        const shape = [2, 10, row];
+        using whole = await toGpu(dtype === "f16" ? toHalves({ data, shape }) : { data, shape });
+        const cache = viewOnGpu(whole, { shape: [2, 10, width], strides: [10 * row, row, 1] });
+        const halves = dtype === "f16" ? toHalves : (tensor: Tensor) => tensor;
+        const { query, weights } = call;
+        const inputs = { query: halves(query), cache, wKc: halves(weights.wKc), wVc: halves(weights.wVc) };
+        const output = toFloats(await mlaDecode({ ...inputs, seqLens: [9, 6] }, { ...mathOptions(call), cfg }));
+        agrees({ output, lse: expected.lse }, expected, dtype, `${between} elements between rows of ${width}`);
+      }
+    }
+  });
+
   test("refuses tensors that were disposed of, lie elsewhere, or cannot take the result", async () => {
     const context = await testContext();
     const { lent } = context.buffers;

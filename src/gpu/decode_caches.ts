@@ -40,7 +40,7 @@ export function boundCaches(call: DecodeCall, before: KernelStep[]): BoundCache[
   return [tensorCache(call, cache as AnyTensor, before)];
 }
 
-/** A tensor without pages: the caller's where its rows begin at whole quads; else a copy whose rows do. */
+/** A tensor without pages: the caller's where its rows are whole quads; else a copy whose rows are. */
 function tensorCache(call: DecodeCall, cache: AnyTensor, before: KernelStep[]): BoundCache {
   const { context, problem, steps } = call;
   const { limits } = context.capabilities;
@@ -50,7 +50,8 @@ function tensorCache(call: DecodeCall, cache: AnyTensor, before: KernelStep[]): 
   const perQuad = quadElements(storage);
   const [item, row] = bound.strides;
   const fixed = { firstPage: 0, pageCount: 0 };
-  const aligned = bound.base % perQuad === 0 && row % perQuad === 0 && (sequences === 1 || item % row === 0);
+  // Of rows that are no whole number of quads the last one would read what lies behind, which may be anything.
+  const aligned = [bound.base, row, width].every((n) => n % perQuad === 0) && (sequences === 1 || item % row === 0);
   if (aligned && bound.binding.size! % 16 === 0) {
     const sequenceRows = sequences === 1 ? 0 : item / row;
     return { ...fixed, binding: bound.binding, base: bound.base / perQuad, row: row / perQuad, sequenceRows };
