@@ -5,12 +5,13 @@ import { assertAlmostEquals, assertEquals, assertThrows } from "@std/assert";
 import fc from "fast-check";
 import { FlashMLAError } from "../src/op/errors.ts";
 import { inverseFrequencies, rotaryTable, rotate } from "../src/model/rotary.ts";
-import { type RopeConfig, ropeConfig, type RopeLayout } from "../src/model/rope_config.ts";
+import { type RopeConfig, ropeConfig, ropeFields, type RopeLayout } from "../src/model/rope_config.ts";
 import { normals } from "./support/random_problem.ts";
 
 /** The rotary embedding of some rope fields, for 2,048 tokens. */
 function rope(fields: Record<string, unknown>, dim = 16, layout: RopeLayout = "interleaved"): RopeConfig {
-  return ropeConfig({ rope_parameters: { rope_theta: 10000, ...fields } }, dim, layout, 2048, 10000);
+  const read = ropeFields({ rope_parameters: fields }, { maxPositionEmbeddings: 2048, theta: 10000 });
+  return ropeConfig(read, dim, layout, 2048);
 }
 
 const longFactors = Array.from({ length: 8 }, (_, i) => 1 + i);
