@@ -85,7 +85,7 @@ suite("mlaModelConfig()", () => {
       mlaModelConfig({ ...v3, model_type: "deepseek_v2", rope_interleave: false }).rope?.layout,
       "interleaved",
     );
-    const kimi = mlaModelConfig({ ...presets.kimiLinear.config, attention_bias: true, rope_scaling: v3.rope_scaling });
+    const kimi = mlaModelConfig({ ...presets.kimiLinear.config, rope_scaling: v3.rope_scaling });
     assertEquals([kimi.rope, kimi.attentionBias, kimi.softmaxScale], [null, false, 1 / Math.sqrt(192)]);
   });
 
@@ -116,10 +116,6 @@ suite("mlaModelConfig()", () => {
       "qk_rope_head_dim must be a whole number from 0, got -2",
     ],
     "an odd rotated width": [{ ...v3, qk_rope_head_dim: 3 }, "qk_rope_head_dim must be even, got 3"],
-    "fewer key heads": [
-      { ...v3, num_key_value_heads: 8 },
-      "num_key_value_heads is 8, expected 128 as num_attention_heads",
-    ],
     "an epsilon in words": [{ ...v3, rms_norm_eps: "1e-6" }, 'rms_norm_eps must be a number above 0, got "1e-6"'],
     "a bias in words": [{ ...v3, attention_bias: "no" }, 'attention_bias must be true or false, got "no"'],
     "another rope type": [
@@ -136,9 +132,29 @@ suite("mlaModelConfig()", () => {
       "rope short_factor must be an array of 32 numbers, one for each rotated pair, got an array of 1",
     ],
     "a base of 0": [{ ...v3, rope_theta: 0 }, "rope_theta must be a number above 0, got 0"],
-    "a part of the rotated columns": [
+    "a part of the rotated columns that are stretched": [
       { ...v3, partial_rotary_factor: 0.5 },
       "partial_rotary_factor must be 1, got 0.5",
+    ],
+    "a part of GLM's rotated columns": [
+      { ...presets.glm47Flash.config, rope_parameters: { partial_rotary_factor: 0.5 } },
+      "partial_rotary_factor must be 1, got 0.5",
+    ],
+    "another model within Kimi-K2.5": [
+      { model_type: "kimi_k25", text_config: { ...v3, model_type: "llama" } },
+      'model_type "kimi_k25" is not known',
+    ],
+    "a model without a type within another than Kimi-K2.5": [
+      { model_type: "mistral3", text_config: { ...v3, model_type: undefined } },
+      'model_type "mistral3" is not known',
+    ],
+    "a length that is none": [
+      { ...v3, max_position_embeddings: 0.5 },
+      "max_position_embeddings must be a whole number from 1, got 0.5",
+    ],
+    "a length of pretraining beside the fields that is none": [
+      { ...v3, original_max_position_embeddings: -1 },
+      "original_max_position_embeddings must be a number above 0, got -1",
     ],
     "LongCat without a query latent": [
       { ...presets.longCatFlash.config, q_lora_rank: null },

@@ -53,9 +53,22 @@ export function positiveField(config: ModelConfigFile, name: string, within = ""
   return value;
 }
 
+/** A whole number from 1, or what to assume where the field is absent. */
+export function integerOr<T>(config: ModelConfigFile, name: string, otherwise: T): number | T {
+  return isAbsent(config, name) ? otherwise : integerField(config, name);
+}
+
 /** A number above 0, or what to assume where the field is absent. */
 export function positiveOr<T>(config: ModelConfigFile, name: string, otherwise: T, within = ""): number | T {
   return isAbsent(config, name) ? otherwise : positiveField(config, name, within);
+}
+
+/** An object with at least one field, or null where the field is absent; models' code takes an empty one for absent. */
+export function fieldsOrNull(config: ModelConfigFile, name: string): ModelConfigFile | null {
+  if (isAbsent(config, name)) return null;
+  const value = config[name];
+  if (!isFields(value)) cannotRead(`${name} must be an object, got ${kindOf(value)}`);
+  return Object.keys(value).length === 0 ? null : value;
 }
 
 /** True or false, or what to assume where the field is absent. */
@@ -64,4 +77,9 @@ export function flagOr(config: ModelConfigFile, name: string, otherwise: boolean
   const value = config[name];
   if (typeof value !== "boolean") cannotRead(`${name} must be true or false, got ${kindOf(value)}`);
   return value;
+}
+
+/** The same, where the models' code takes null for false. */
+export function flagOrNull(config: ModelConfigFile, name: string, otherwise: boolean): boolean {
+  return config[name] === null ? false : flagOr(config, name, otherwise);
 }

@@ -4,9 +4,8 @@
 import { kindOf } from "../op/tensor.ts";
 import {
   cannotRead,
-  flagOr,
-  isAbsent,
-  isFields,
+  fieldsOrNull,
+  flagOrNull,
   type ModelConfigFile,
   positiveField,
   positiveOr,
@@ -52,12 +51,39 @@ export interface RopeConfig {
 
 const ropeTypes: readonly RopeType[] = ["default", "linear", "dynamic", "yarn", "longrope"];
 
-/** What the file says about the rotary embedding: `rope_scaling` where there is one, or else `rope_parameters`. */
-export function ropeFields(config: ModelConfigFile): ModelConfigFile {
-  const name = isAbsent(config, "rope_scaling") ? "rope_parameters" : "rope_scaling";
-  if (isAbsent(config, name)) return {};
-  const fields = config[name];
-  return isFields(fields) ? fields : cannotRead(`${name} must be an object, got ${kindOf(fields)}`);
+/** What a model's code assumes of the rotary embedding where the file is silent. */
+export interface RopeDefaults {
+  /** The longest sequence of the model. */
+  readonly maxPositionEmbeddings: number;
+  /** The base. */
+  readonly theta: number;
+  /** All of it, where the file has no rope fields; default none, which is an embedding of type `default`. */
+  readonly fields?: ModelConfigFile;
+}
+
+/**
+ * What the file says about the rotary embedding: `rope_scaling` where there is one, or else `rope_parameters`; with what stands
+ * beside them.
+ *
+ * The longest sequence of pretraining is taken from beside the fields first, as Phi-3 has it there; only `yarn` and `longrope`
+ * have one unless the fields say so.
+ *
+ * @param config The file.
+ * @param defaults What the model's code assumes.
+ * @returns The fields, with `rope_theta` and, where the type needs it, `original_max_position_embeddings`.
+ */
+export function ropeFields(config: ModelConfigFile, defaults: RopeDefaults): ModelConfigFile {
+  const fields = fieldsOrNull(config, "rope_scaling") ?? fieldsOrNull(config, "rope_parameters") ?? defaults.fields ??
+    {};
+  const type = ropeTypeOf(fields);
+  const theta = positiveOr(fields, "rope_theta", null, "rope ") ?? positiveOr(config, "rope_theta", defaults.theta);
+  if (type !== "yarn" && type !== "longrope") return { ...fields, rope_theta: theta };
+  const length = "original_max_position_embeddings";
+  return {
+    ...fields,
+    rope_theta: theta,
+    [length]: positiveOr(config, length, null) ?? positiveOr(fields, length, defaults.maxPositionEmbeddings, "rope "),
+  };
 }
 
 /** The type that the fields name. */
@@ -75,8 +101,13 @@ export function yarnMscale(factor: number, weight = 1): number {
   return factor <= 1 ? 1 : 0.1 * weight * Math.log(factor) + 1;
 }
 
-/** How many times longer sequences may be than in pretraining. */
-export function ropeFactor(config: ModelConfigFile, fields: ModelConfigFile, maxPositionEmbeddings: number): number {
+/**
+ * How many times longer sequences may be than in pretraining.
+ *
+ * @param fields What {@link ropeFields} gives.
+ * @param maxPositionEmbeddings The model's longest sequence.
+ */
+export function ropeFactor(fields: ModelConfigFile, maxPositionEmbeddings: number): number {
   switch (ropeTypeOf(fields)) {
     case "default":
       return 1;
@@ -84,58 +115,65 @@ export function ropeFactor(config: ModelConfigFile, fields: ModelConfigFile, max
     case "dynamic":
       return positiveField(fields, "factor", "rope ");
     default:
-      return positiveOr(fields, "factor", null, "rope ") ??
-        maxPositionEmbeddings / originalLength(config, fields, maxPositionEmbeddings);
+      return positiveOr(fields, "factor", null, "rope ") ?? maxPositionEmbeddings / originalLength(fields);
   }
 }
 
 /**
  * Reads the rotary embedding of a config.
  *
- * @param config The file.
+ * @param fields What {@link ropeFields} gives.
  * @param dim R.
  * @param layout Which columns are a pair.
  * @param maxPositionEmbeddings The model's longest sequence.
- * @param defaultTheta The base where the file has none.
  */
 export function ropeConfig(
-  config: ModelConfigFile,
+  fields: ModelConfigFile,
   dim: number,
   layout: RopeLayout,
   maxPositionEmbeddings: number,
-  defaultTheta: number,
 ): RopeConfig {
-  const fields = ropeFields(config);
   const type = ropeTypeOf(fields);
-  const factor = ropeFactor(config, fields, maxPositionEmbeddings);
-  const originalMaxPositionEmbeddings = originalLength(config, fields, maxPositionEmbeddings);
+  const factor = ropeFactor(fields, maxPositionEmbeddings);
   return {
     type,
     dim,
-    theta: positiveOr(fields, "rope_theta", null, "rope ") ?? positiveOr(config, "rope_theta", defaultTheta),
+    theta: positiveField(fields, "rope_theta", "rope "),
     layout,
-    attentionFactor: attentionFactorOf(type, fields, factor, originalMaxPositionEmbeddings),
+    attentionFactor: attentionFactorOf(type, fields, factor),
     factor,
     maxPositionEmbeddings,
-    originalMaxPositionEmbeddings,
-    betaFast: positiveOr(fields, "beta_fast", 32, "rope "),
-    betaSlow: positiveOr(fields, "beta_slow", 1, "rope "),
-    truncate: flagOr(fields, "truncate", true),
+    originalMaxPositionEmbeddings: positiveOr(
+      fields,
+      "original_max_position_embeddings",
+      maxPositionEmbeddings,
+      "rope ",
+    ),
+    betaFast: turnsField(fields, "beta_fast", 32),
+    betaSlow: turnsField(fields, "beta_slow", 1),
+    truncate: flagOrNull(fields, "truncate", true),
     shortFactor: type === "longrope" ? factorsField(fields, "short_factor", dim) : [],
     longFactor: type === "longrope" ? factorsField(fields, "long_factor", dim) : [],
   };
 }
 
-function originalLength(config: ModelConfigFile, fields: ModelConfigFile, maxPositionEmbeddings: number): number {
-  return positiveOr(fields, "original_max_position_embeddings", null, "rope ") ??
-    positiveOr(config, "original_max_position_embeddings", maxPositionEmbeddings);
+/** The longest sequence of pretraining, of fields that have one. */
+export function originalLength(fields: ModelConfigFile): number {
+  return positiveField(fields, "original_max_position_embeddings", "rope ");
 }
 
-function attentionFactorOf(type: RopeType, fields: ModelConfigFile, factor: number, originalLength: number): number {
+/** One of YaRN's bounds; 0 stands for the default. */
+function turnsField(fields: ModelConfigFile, name: string, otherwise: number): number {
+  return fields[name] === 0 ? otherwise : positiveOr(fields, name, otherwise, "rope ");
+}
+
+function attentionFactorOf(type: RopeType, fields: ModelConfigFile, factor: number): number {
   if (type !== "yarn" && type !== "longrope") return 1;
   const given = positiveOr(fields, "attention_factor", null, "rope ");
   if (given !== null) return given;
-  if (type === "longrope") return factor <= 1 ? 1 : Math.sqrt(1 + Math.log(factor) / Math.log(originalLength));
+  if (type === "longrope") {
+    return factor <= 1 ? 1 : Math.sqrt(1 + Math.log(factor) / Math.log(originalLength(fields)));
+  }
   const [mscale, mscaleAllDim] = [fields.mscale, fields.mscale_all_dim];
   return typeof mscale === "number" && typeof mscaleAllDim === "number" && mscale !== 0 && mscaleAllDim !== 0
     ? yarnMscale(factor, mscale) / yarnMscale(factor, mscaleAllDim)

@@ -6,10 +6,13 @@
 //       · ((1 − ramp_i) + ramp_i / factor)                       yarn, ramp from 0 at betaFast turns to 1 at betaSlow
 //       / shortFactor_i, or / longFactor_i past pretraining      longrope
 //
-// Angles are computed in double precision; models compute them in float32.
+// Every step is rounded to float32, in the order in which Hugging Face transformers has torch take it: models are trained and
+// run with these angles. Exact ones drift away from them with the position, by up to 0.006 at 131,072.
 
 import { cannotRun } from "../op/errors.ts";
 import type { RopeConfig, RopeLayout } from "./rope_config.ts";
+
+const { fround } = Math;
 
 /** Cosines and sines of some positions, each times the embedding's attention factor. */
 export interface RotaryTable {
@@ -30,20 +33,25 @@ export interface RotaryTable {
  * @param sequenceLength Tokens of the sequence; `dynamic` and `longrope` depend on it. Default: as short as in pretraining.
  * @returns `[R/2]`, in radians.
  */
-export function inverseFrequencies(rope: RopeConfig, sequenceLength = 0): Float64Array {
-  const { type, dim, factor } = rope;
-  const stretched = type === "dynamic" ? dynamicTheta(rope, sequenceLength) : rope.theta;
-  const frequencies = Float64Array.from({ length: dim / 2 }, (_, i) => stretched ** (-2 * i / dim));
-  if (type === "linear") return frequencies.map((frequency) => frequency / factor);
+export function inverseFrequencies(rope: RopeConfig, sequenceLength = 0): Float32Array<ArrayBuffer> {
+  const { type, dim } = rope;
+  const theta = fround(type === "dynamic" ? dynamicTheta(rope, sequenceLength) : rope.theta);
+  const factor = fround(rope.factor);
+  const powers = Float32Array.from({ length: dim / 2 }, (_, i) => theta ** fround(2 * i / dim));
+  if (type === "linear") return powers.map((power) => fround(1 / power) / factor);
   if (type === "yarn") {
     const ramp = yarnRamp(rope);
-    return frequencies.map((frequency, i) => frequency * (1 - ramp(i)) + frequency / factor * ramp(i));
+    return powers.map((power, i) => {
+      const kept = fround(1 - ramp(i));
+      const stretched = fround(1 / fround(factor * power));
+      return fround(stretched * fround(1 - kept)) + fround(fround(1 / power) * kept);
+    });
   }
   if (type === "longrope") {
     const divisors = sequenceLength > rope.originalMaxPositionEmbeddings ? rope.longFactor : rope.shortFactor;
-    return frequencies.map((frequency, i) => frequency / divisors[i]);
+    return powers.map((power, i) => 1 / fround(fround(divisors[i]) * power));
   }
-  return frequencies;
+  return powers.map((power) => 1 / power);
 }
 
 /**
@@ -64,11 +72,13 @@ export function rotaryTable(
   const pairs = frequencies.length;
   const cos = new Float32Array(positions.length * pairs);
   const sin = new Float32Array(positions.length * pairs);
+  const attentionFactor = fround(rope.attentionFactor);
   for (let row = 0; row < positions.length; row++) {
+    const position = fround(positions[row]);
     for (let i = 0; i < pairs; i++) {
-      const angle = positions[row] * frequencies[i];
-      cos[row * pairs + i] = Math.cos(angle) * rope.attentionFactor;
-      sin[row * pairs + i] = Math.sin(angle) * rope.attentionFactor;
+      const angle = fround(position * frequencies[i]);
+      cos[row * pairs + i] = fround(Math.cos(angle)) * attentionFactor;
+      sin[row * pairs + i] = fround(Math.sin(angle)) * attentionFactor;
     }
   }
   return { cos, sin, positions: positions.length, dim: rope.dim };
@@ -111,9 +121,12 @@ export function rotate(rows: ArrayLike<number>, table: RotaryTable, layout: Rope
   return turned;
 }
 
+/** The base for a sequence; past the longest one it is a tensor in transformers, and so float32 at each step. */
 function dynamicTheta({ theta, dim, factor, maxPositionEmbeddings }: RopeConfig, sequenceLength: number): number {
-  const length = Math.max(sequenceLength, maxPositionEmbeddings);
-  return theta * (factor * length / maxPositionEmbeddings - (factor - 1)) ** (dim / (dim - 2));
+  if (sequenceLength <= maxPositionEmbeddings) return theta;
+  const ratio = fround(fround(fround(factor) * sequenceLength) / maxPositionEmbeddings);
+  const stretch = fround(ratio - fround(factor - 1)) ** fround(dim / (dim - 2));
+  return fround(theta) * fround(stretch);
 }
 
 /** How much of the stretch a pair takes, 0 to 1: linear between the pairs that turn betaFast and betaSlow times. */
@@ -124,8 +137,8 @@ function yarnRamp({ dim, theta, betaFast, betaSlow, truncate, originalMaxPositio
   const low = Math.max(truncate ? Math.floor(fast) : fast, 0);
   const high = Math.min(truncate ? Math.ceil(slow) : slow, dim - 1);
   // Both bounds may be one pair: then all before it keep their frequency and all behind it are stretched.
-  const width = high === low ? 0.001 : high - low;
-  return (pair: number) => Math.min(1, Math.max(0, (pair - low) / width));
+  const width = fround(high === low ? high + 0.001 - low : high - low);
+  return (pair: number) => Math.min(1, Math.max(0, fround(fround(pair - fround(low)) / width)));
 }
 
 function largest(positions: ArrayLike<number>): number {

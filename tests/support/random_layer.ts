@@ -84,7 +84,7 @@ export function randomWeights(config: MlaModelConfig, seed: number): Record<stri
   return weights;
 }
 
-/** The layer over one sequence from position 0 on, `[tokens, hiddenSize]`, in double precision. */
+/** The layer over one sequence from position 0 on, `[tokens, hiddenSize]`, in double precision but for the angles. */
 export function plainLayer(x: number[][], weights: Record<string, Tensor>, config: MlaModelConfig): number[][] {
   const { queryHeads: H, qLoraRank, kvLoraRank: L, qkNopeHeadDim: P, qkRopeHeadDim: R, vHeadDim: V } = config;
   const times = (row: number[], name: string) => {
@@ -105,7 +105,8 @@ export function plainLayer(x: number[][], weights: Record<string, Tensor>, confi
     const { layout, attentionFactor } = config.rope;
     const even = row.filter((_, i) => layout === "half" ? i < R / 2 : i % 2 === 0);
     const odd = row.filter((_, i) => layout === "half" ? i >= R / 2 : i % 2 === 1);
-    const angle = (i: number) => position * frequencies[i];
+    // As models round it.
+    const angle = (i: number) => Math.fround(position * frequencies[i]);
     return [
       ...even.map((value, i) => attentionFactor * (value * Math.cos(angle(i)) - odd[i] * Math.sin(angle(i)))),
       ...odd.map((value, i) => attentionFactor * (value * Math.cos(angle(i)) + even[i] * Math.sin(angle(i)))),

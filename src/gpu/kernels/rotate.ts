@@ -8,7 +8,8 @@
 //   one invocation = four neighbours of a row at a time, striding over the whole grid
 //
 // A query goes from what its projection stored to what attention reads; the shared key goes, behind its latent, to the row
-// that the cache takes. Cosines and sines come from the host: angles of far positions want double precision.
+// that the cache takes. Cosines and sines come from the host: WGSL bounds their error up to an angle of π only, and far
+// positions turn by more than 100,000.
 
 import { indent, unroll } from "./register_tile.ts";
 import { load4, storageDirectives, type StorageElement, store4 } from "./storage_element.ts";
