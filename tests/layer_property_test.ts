@@ -17,7 +17,8 @@ const cases = fc.record({
   model: fc.constantFrom(...Object.keys(smallConfigs).filter((name) => name !== "minicpm3")),
   hidden_size: width(70),
   num_attention_heads: width(5),
-  q_lora_rank: fc.option(width(40)),
+  q_lora_rank: width(40),
+  oneProjection: fc.boolean(),
   kv_lora_rank: width(70),
   qk_nope_head_dim: width(36),
   pairs: fc.integer({ min: 1, max: 8 }),
@@ -44,14 +45,15 @@ test("random layers through random calls agree with the reference", { skip }, as
   await testContext();
   await fc.assert(
     fc.asyncProperty(cases, async (given) => {
-      const { model, pairs, batch, packed, cached, pageSize, dtype, causal, calls, seed, ...widths } = given;
+      const { model, pairs, batch, packed, cached, pageSize, dtype, causal, calls, seed, oneProjection, ...widths } =
+        given;
       const file = smallConfigs[model];
       const config = mlaModelConfig({
         ...file,
         ...widths,
         // Their rows are normed to lengths of √rank: a rank of one leaves nothing but signs.
         kv_lora_rank: widths.kv_lora_rank + 3,
-        ...(widths.q_lora_rank !== null && { q_lora_rank: widths.q_lora_rank + 3 }),
+        q_lora_rank: oneProjection && file.model_type !== "longcat_flash" ? null : widths.q_lora_rank + 3,
         qk_rope_head_dim: file.qk_rope_head_dim === 0 ? 0 : 2 * pairs,
       });
       const weights = randomWeights(config, seed);
@@ -82,6 +84,6 @@ test("random layers through random calls agree with the reference", { skip }, as
       if (cached) assertEquals(caches[0].lengths, caches[1].lengths);
       for (const cache of caches) cache.dispose();
     }),
-    { numRuns: 20 },
+    { numRuns: Number(Deno.env.get("RUNS") ?? 20) },
   );
 });
