@@ -2,6 +2,7 @@
 // buffers and elements in them.
 
 import type { GpuContext } from "../src/gpu/device.ts";
+import { settled } from "../src/gpu/settled.ts";
 import { timeOnGpu } from "../src/gpu/timing.ts";
 import type { Timed } from "./steady_timing.ts";
 
@@ -50,7 +51,7 @@ export async function recorded(context: GpuContext, call: () => Promise<unknown>
   };
   try {
     await call();
-    await device.queue.onSubmittedWorkDone();
+    await settled(device, device.queue.onSubmittedWorkDone());
   } finally {
     restore();
   }

@@ -3,11 +3,11 @@
 import { currentRuntime } from "../environment.ts";
 import { isDawnDevice } from "./dawn.ts";
 
-/** Turns of the event loop before the thread begins to rest between them: short kernels are over by then. */
-const busyTurns = 50;
+/** Turns of the event loop before the thread begins to rest between them: what engines answer at once has come by then. */
+const busyTurns = 8;
 
-/** Milliseconds of one rest. */
-const restMs = 0.5;
+/** Milliseconds by which each rest is longer than the one before, and the longest: a quarter of the wait, and no more. */
+const [restStep, longestRest] = [0.05, 0.5];
 
 const resting = typeof SharedArrayBuffer === "undefined" ? null : new Int32Array(new SharedArrayBuffer(4));
 
@@ -32,7 +32,8 @@ export async function settled<Result>(device: GPUDevice, promise: Promise<Result
   promise.then(done, done);
   for (let turn = 0; waiting; turn++) {
     await new Promise<void>((resolve) => setImmediate(resolve));
-    if (waiting && turn > busyTurns) Atomics.wait(resting, 0, 0, restMs);
+    const rests = turn - busyTurns;
+    if (waiting && rests > 0) Atomics.wait(resting, 0, 0, Math.min(longestRest, rests * restStep));
   }
   return await promise;
 }
