@@ -9,7 +9,15 @@ import type { GpuContext } from "../src/gpu/device.ts";
 import { type KernelStep, KernelSteps } from "../src/gpu/kernel_steps.ts";
 import { inQuads } from "../src/gpu/kernels/rotate.ts";
 import { bytesOf, normStep, rotateStep } from "../src/gpu/layer_steps.ts";
-import { linearBytes, type LinearKernel, linearKernel, linearSteps, whyNoMatrix } from "../src/gpu/linear.ts";
+import { columnsOfRun, columnUnit, dividedLinearSteps } from "../src/gpu/divided_linear.ts";
+import {
+  linearBytes,
+  type LinearKernel,
+  linearKernel,
+  linearSteps,
+  plainRows,
+  whyNoMatrix,
+} from "../src/gpu/linear.ts";
 import { rotaryTable } from "../src/model/rotary.ts";
 import type { RopeConfig } from "../src/model/rope_config.ts";
 import { halfBits, toFloats, toHalves } from "../src/op/half.ts";
@@ -174,6 +182,59 @@ describe("linear layers", { skip }, () => {
       );
     });
   }
+
+  test("a weight in several buffers: each writes its columns of the rows, and nothing else", async () => {
+    const context = await testContext();
+    const stored: readonly Stored[] = context.capabilities.f16 ? ["f32", "f16"] : ["f32"];
+    const divided = fc.record({
+      rows: fc.constantFrom(1, 3, 20),
+      inputs: fc.integer({ min: 1, max: 12 }),
+      outputs: fc.integer({ min: 1, max: 600 }),
+      units: fc.integer({ min: 1, max: 3 }),
+      dtype: fc.constantFrom(...stored),
+      bias: fc.boolean(),
+      seed: fc.integer({ min: 0, max: 1e6 }),
+    });
+    await fc.assert(
+      fc.asyncProperty(divided, async ({ rows, inputs, outputs, units, dtype, bias, seed }) => {
+        const values = rounded(drawn(rows * inputs, seed), dtype);
+        const matrix = rounded(drawn(outputs * inputs, seed + 1).map((x) => x / Math.sqrt(inputs)), dtype);
+        const added = bias ? drawn(outputs, seed + 2) : undefined;
+        const steps = new KernelSteps(context);
+        const runs = [];
+        for (let first = 0; first < outputs; first += units * columnUnit) {
+          const count = Math.min(units * columnUnit, outputs - first);
+          const own = Float32Array.from({ length: inputs * count }, (_, i) => {
+            return matrix[(first + i % count) * inputs + Math.floor(i / count)];
+          });
+          const buffer = uploaded(steps, own, dtype);
+          const ownBias = added && uploaded(steps, added.slice(first, first + count), "f32");
+          runs.push({ buffer, dtype, inputs, outputs: count, ...(ownBias && { bias: ownBias }) });
+        }
+        const count = rows * outputs;
+        const into = { buffer: uploaded(steps, new Float32Array(count + behind).fill(NaN), dtype), dtype };
+        const given = plainRows(uploaded(steps, values, dtype), dtype, rows, inputs);
+        const weight = { dtype, inputs, outputs, runs };
+        const kernels = dividedLinearSteps(steps, context.capabilities, "linear", given, weight, into);
+        const found = await result(context, steps, kernels, { ...into, count: count + behind });
+        steps.dispose();
+        const shape = [count];
+        const expected = { data: linear(values, matrix, inputs, added), shape };
+        const within = dtype === "f16" ? { relL2: 1e-3, absolute: 1e-3 } : { relL2: 1e-5, absolute: 1e-6 };
+        assertClose({ data: found.slice(0, count), shape }, expected, within);
+        assert(found.subarray(count).every(Number.isNaN), "something was written behind the result");
+      }),
+      { numRuns: 15 },
+    );
+  });
+
+  test("columns of a buffer are all, or whole units", () => {
+    assertEquals(columnsOfRun(10, 1000, 4, 40_000), 1000);
+    assertEquals(columnsOfRun(10, 1001, 4, 40_000), 896);
+    assertEquals(columnsOfRun(10, 1001, 2, 5119), 128);
+    assertEquals(columnsOfRun(10, 1001, 4, 5119), 0);
+    assertEquals(columnsOfRun(1000, 3, 4, 12_000), 3);
+  });
 
   test("on matrix units, to halves and to float32, with a bias and without", { skip: skipEmulation }, async () => {
     const context = await testContext();

@@ -17,6 +17,8 @@ import {
   viewOnGpu,
 } from "../mod.ts";
 import { layerCall } from "../src/layer/layer_call.ts";
+import { weightShapes } from "../src/layer/layer_weights.ts";
+import { elementCount } from "../src/op/tensor.ts";
 import { referenceMlaLayer } from "../src/reference/mla_layer.ts";
 import { openTestDevice, skip, smallConfig, smallDecodeConfig, testContext } from "./support/gpu.ts";
 import { inChunks, randomStates, tokensOf, upTo } from "./support/layer_runs.ts";
@@ -373,6 +375,32 @@ describe("MlaAttention on the GPU", { skip }, () => {
     } finally {
       delete (device.queue as { submit?: unknown }).submit;
     }
+  });
+
+  test("weights larger than a binding lie in several buffers", async () => {
+    const device = await openTestDevice({ requiredLimits: { maxStorageBufferBindingSize: 134_217_728 } });
+    const file = {
+      ...smallConfigs["deepseek_v3, halves, biases"],
+      ...{ hidden_size: 2_900, num_attention_heads: 48, q_lora_rank: null, kv_lora_rank: 8, v_head_dim: 8 },
+      ...{ qk_nope_head_dim: 240, qk_rope_head_dim: 8 },
+    };
+    const config = mlaModelConfig(file);
+    assert(config.hiddenSize * 48 * 248 * 4 > device.limits.maxStorageBufferBindingSize);
+    // Drawn anew each of 35 million would take longer than all the rest.
+    const drawn = randomStates(1, 1, 1, 65_521).data;
+    const weights = Object.fromEntries(
+      Object.entries(weightShapes(config)).map(([name, shape]): [string, Tensor] => {
+        const scale = shape.length === 2 ? 1 / Math.sqrt(shape[1]) : 1;
+        const data = Float32Array.from({ length: elementCount(shape) }, (_, i) => drawn[i % 65_521] * scale);
+        return [name, { data, shape }];
+      }),
+    );
+    const hiddenStates = randomStates(2, 1, 3, config.hiddenSize);
+    using oracle = await MlaAttention.load(file, weights, { platform: "reference" });
+    using layer = await MlaAttention.load(file, weights, { device });
+    const options = { ...small, formulation: "absorbed" } as const;
+    assertClose(await layer.forward(hiddenStates, options), await oracle.forward(hiddenStates, options), bounds);
+    device.destroy();
   });
 
   test("a device with default limits and no features computes the same, from halves and to halves", async () => {

@@ -76,7 +76,13 @@ export interface RotateWork {
     readonly row: number;
   };
   /** The rows after. */
-  readonly result: { readonly buffer: GPUBuffer; readonly dtype: StorageType; readonly row: number };
+  readonly result: {
+    readonly buffer: GPUBuffer;
+    readonly dtype: StorageType;
+    readonly row: number;
+    /** First column that is written, at a multiple of 256 bytes; 0 when absent. */
+    readonly first?: number;
+  };
   /** How many rows there are. */
   readonly count: number;
   /** Heads of a row. */
@@ -105,9 +111,10 @@ export function rotateStep(steps: KernelSteps, label: string, work: RotateWork, 
   const { source, result, count, heads, before, dim, layout, turns, factors } = work;
   const columns = heads * (before + dim);
   const inQuads = rotate.inQuads(work) && columns % 4 === 0;
+  const offset = (result.first ?? 0) * (result.dtype === "f16" ? 2 : 4);
   const sizes = {
     source: bytesOf(source.base + (count - 1) * source.row + columns, source.dtype),
-    result: bytesOf(count * result.row, result.dtype),
+    result: bytesOf(count * result.row, result.dtype) - offset,
   };
   for (const [name, size] of Object.entries(sizes)) checkBinding(`${label}'s ${name}`, size, limits);
   return {
@@ -125,7 +132,7 @@ export function rotateStep(steps: KernelSteps, label: string, work: RotateWork, 
       1: { buffer: source.buffer, size: Math.min(sizes.source, source.buffer.size) },
       2: layout === null ? undefined : turns!,
       3: factors ?? undefined,
-      4: { buffer: result.buffer, size: Math.min(sizes.result, result.buffer.size) },
+      4: { buffer: result.buffer, offset, size: Math.min(sizes.result, result.buffer.size - offset) },
     },
     workgroups: [Math.min(rotateWorkgroups, Math.ceil(count * Math.ceil(columns / 4) / rotate.workgroupSize))],
   };

@@ -75,7 +75,11 @@ export type LinearKernel = "few" | "matrix" | "tiles";
 const fewRows = 16;
 
 /** The kernel that a device takes for so many rows. */
-export function linearKernel(count: number, weight: LinearWeight, { matrixUnits }: Capabilities): LinearKernel {
+export function linearKernel(
+  count: number,
+  weight: Pick<LinearWeight, "dtype" | "outputs">,
+  { matrixUnits }: Capabilities,
+): LinearKernel {
   if (count <= fewRows) return "few";
   // The emulation of matrix units is for tests.
   const hasUnits = matrixUnits !== null && matrixUnits !== "emulated";
@@ -83,13 +87,13 @@ export function linearKernel(count: number, weight: LinearWeight, { matrixUnits 
 }
 
 /** Why a weight cannot be multiplied on matrix units, or null when it can. */
-export function whyNoMatrix({ dtype, outputs }: LinearWeight): string | null {
+export function whyNoMatrix({ dtype, outputs }: Pick<LinearWeight, "dtype" | "outputs">): string | null {
   if (dtype !== "f16") return "it is no tensor of halves";
   return outputs === paddedWidth(outputs) ? null : `${outputs} outputs are no multiple of 16`;
 }
 
 /** Bytes of the result of so many rows. */
-export function linearBytes(count: number, { outputs }: LinearWeight, dtype: StorageType): number {
+export function linearBytes(count: number, { outputs }: Pick<LinearWeight, "outputs">, dtype: StorageType): number {
   return Math.max(16, Math.ceil(count * outputs * (dtype === "f16" ? 2 : 4) / 16) * 16);
 }
 

@@ -13,7 +13,8 @@ import { halfCopy, halfPipeline } from "../gpu/half_copy.ts";
 import { KernelSteps } from "../gpu/kernel_steps.ts";
 import { bytesOf } from "../gpu/layer_steps.ts";
 import { ownEncoder } from "../gpu/own_encoder.ts";
-import { linearBytes, type LinearRows, linearSteps, plainRows } from "../gpu/linear.ts";
+import { dividedLinearSteps } from "../gpu/divided_linear.ts";
+import { linearBytes, type LinearRows, plainRows } from "../gpu/linear.ts";
 import { batchGap, residentLayout, rowWindow } from "../gpu/operand_layout.ts";
 import { submit, submitAndRead } from "../gpu/submission.ts";
 import type { MlaModelConfig } from "../model/attention_config.ts";
@@ -196,7 +197,7 @@ class GpuLayer implements LayerTarget {
       : output;
     await after.bind(
       "run the layer",
-      linearSteps(after, capabilities, "o_proj", attendedRows, this.#weights.output, result),
+      dividedLinearSteps(after, capabilities, "o_proj", attendedRows, this.#weights.output, result),
     );
     await after.record(encoder, "run the layer");
     if (packed) await this.#copyHalves(recorded, "pack", output, result.buffer);

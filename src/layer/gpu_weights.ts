@@ -3,6 +3,7 @@
 
 import type { GpuContext } from "../gpu/device.ts";
 import { toGpu } from "../gpu/gpu_tensor.ts";
+import { columnsOfRun, columnUnit, type DividedWeight } from "../gpu/divided_linear.ts";
 import type { LinearWeight } from "../gpu/linear.ts";
 import { checkBinding } from "../gpu/limit_checks.ts";
 import type { MlaModelConfig } from "../model/attention_config.ts";
@@ -23,9 +24,9 @@ export interface GpuLayerWeights {
   /** How projections are stored. */
   readonly dtype: "f32" | "f16";
   /** q_proj or q_a_proj and, beside it, kv_a_proj_with_mqa: `[hidden, width of the first + L + R]`. */
-  readonly down: LinearWeight;
+  readonly down: DividedWeight;
   /** q_b_proj, `[qLoraRank, H · (P + R)]`; null where one projection makes queries. */
-  readonly queryUp: LinearWeight | null;
+  readonly queryUp: DividedWeight | null;
   /** Weights of the norms in float32: q_a_layernorm's, where there is one, then kv_a_layernorm's. */
   readonly norms: GPUBuffer;
   /** Key expansion weights, `[L, H, P]`. */
@@ -33,7 +34,7 @@ export interface GpuLayerWeights {
   /** Value expansion weights, `[L, H, V]`. */
   readonly wVc: OwnedGpuTensor;
   /** o_proj, `[H · V, hidden]`. */
-  readonly output: LinearWeight;
+  readonly output: DividedWeight;
   /** Gives the memory back. */
   dispose(): void;
 }
@@ -68,12 +69,23 @@ export async function gpuWeights(
     const halves = toHalves(tensor);
     return stored === "f16" ? halves : toFloats(halves);
   };
-  const linear = async (name: string, parts: readonly HostTensor[], bias?: Float32Array): Promise<LinearWeight> => {
-    const tensor = transposed(parts.map((part) => dtype === "f16" ? asHalves(part) : toFloats(part)));
-    const [inputs, outputs] = tensor.shape;
-    const { buffer } = await upload(name, stored === "f32" ? toFloats(tensor) : tensor);
-    const added = bias && await upload(`${name}'s bias`, { data: bias, shape: [outputs] });
-    return { buffer, dtype: stored, inputs, outputs, ...(added && { bias: added.buffer }) };
+  const linear = async (name: string, parts: readonly HostTensor[], bias?: Float32Array): Promise<DividedWeight> => {
+    const rounded = parts.map((part) => dtype === "f16" ? asHalves(part) : toFloats(part));
+    const inputs = parts[0].shape[1];
+    const outputs = parts.reduce((sum, { shape }) => sum + shape[0], 0);
+    const most = columnsOfRun(inputs, outputs, elementBytes(stored), capabilities.limits.maxStorageBufferBindingSize);
+    const runs: LinearWeight[] = [];
+    for (let first = 0; first < outputs;) {
+      // Where not even one unit fits, it is refused by its size.
+      const count = Math.min(Math.max(most, columnUnit), outputs - first);
+      const tensor = transposed(someOutputs(rounded, first, count));
+      const { buffer } = await upload(name, stored === "f32" ? toFloats(tensor) : tensor);
+      const own = bias && { data: bias.slice(first, first + count), shape: [count] };
+      const added = own && await upload(`${name}'s bias`, own);
+      runs.push({ buffer, dtype: stored, inputs, outputs: count, ...(added && { bias: added.buffer }) });
+      first += count;
+    }
+    return { dtype: stored, inputs, outputs, runs };
   };
   try {
     const { qLoraRank } = config;
@@ -125,6 +137,19 @@ function normWeights({ qLoraRank, queryScale, latentScale }: MlaModelConfig, wei
 
 function asHalves(tensor: HostTensor): HostTensor {
   return dtypeOf(tensor) === "f16" ? tensor : toHalves(toFloats(tensor));
+}
+
+/** Some of the outputs of weights that lie side by side: views. */
+function someOutputs(parts: readonly HostTensor[], first: number, count: number): HostTensor[] {
+  let start = 0;
+  return parts.flatMap((part) => {
+    const [outputs, inputs] = part.shape;
+    const [from, to] = [Math.max(0, first - start), Math.min(outputs, first + count - start)];
+    start += outputs;
+    if (to <= from) return [];
+    const data = (dtypeOf(part) === "f16" ? halfBits(part.data as Uint16Array) : part.data) as Float32Array;
+    return [{ ...part, data: data.subarray(from * inputs, to * inputs), shape: [to - from, inputs] } as HostTensor];
+  });
 }
 
 /** Columns and rows of a block that is transposed at a time, so that both sides stay in the processor's cache. */

@@ -1,9 +1,10 @@
 // What a layer does before attention: projections, norms and rotations, from hidden states to queries and cache rows.
 
 import type { GpuContext } from "../gpu/device.ts";
+import { dividedLinearSteps } from "../gpu/divided_linear.ts";
 import type { KernelStep, KernelSteps } from "../gpu/kernel_steps.ts";
 import { bytesOf, normStep, rotateStep, type RotateWork } from "../gpu/layer_steps.ts";
-import { linearBytes, linearKernel, type LinearRows, linearSteps, plainRows } from "../gpu/linear.ts";
+import { linearBytes, linearKernel, type LinearRows, plainRows } from "../gpu/linear.ts";
 import type { MlaModelConfig } from "../model/attention_config.ts";
 import { queryFactors } from "../model/query_factors.ts";
 import type { GpuTensor } from "../op/tensor.ts";
@@ -49,7 +50,7 @@ export function layerProjections(
   const onUnits = queryUp !== null && qLoraRank! % 8 === 0 && linearKernel(count, queryUp, capabilities) === "matrix";
   const halves = onUnits ? steps.borrow(bytesOf(count * qLoraRank!, "f16")) : undefined;
   const kernels = [
-    ...linearSteps(steps, capabilities, "down projections", input, down, wide),
+    ...dividedLinearSteps(steps, capabilities, "down projections", input, down, wide),
     normStep(steps, { buffer: wide.buffer, count, row: width }, parts, norms, latentNormEps, halves),
   ];
   let source: RotateWork["source"] = { ...wide, base: 0, row: width };
@@ -58,7 +59,7 @@ export function layerProjections(
       ? plainRows(wide.buffer, "f32", count, width)
       : plainRows(halves, "f16", count, qLoraRank!);
     const result = { buffer: steps.borrow(linearBytes(count, queryUp, dtype)), dtype };
-    kernels.push(...linearSteps(steps, capabilities, "q_b_proj", latent, queryUp, result));
+    kernels.push(...dividedLinearSteps(steps, capabilities, "q_b_proj", latent, queryUp, result));
     source = { ...result, base: 0, row: queryUp.outputs };
   }
 
