@@ -14,7 +14,8 @@ import { run } from "./child_process.ts";
 import { readJUnit } from "./junit.ts";
 
 /** Files whose tests open a GPU; the others are the same on every machine. */
-const onGpu = /^(gpu|matrix|lse|merge|vjp|prefill)_.*_test\.ts$|^(lse|vjp|layer|layer_golden|layer_kernels|layer_property)_test\.ts$/;
+const onGpu =
+  /^(gpu|matrix|lse|merge|vjp|prefill)_.*_test\.ts$|^(lse|vjp|layer(_golden|_kernels|_property)?)_test\.ts$/;
 
 /** A row that takes longer, in seconds, hangs. */
 const rowLimit = 1800;
