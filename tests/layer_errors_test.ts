@@ -279,6 +279,44 @@ describe("MlaAttention on the GPU", { skip }, () => {
     }
   });
 
+  test("a device that runs out of memory is said to have, wherever it does; idle memory is freed, and the next call is right", async () => {
+    const device = await openTestDevice();
+    const { buffers } = await gpuContext(device);
+    using layer = await MlaAttention.load(file, weights, { device });
+    const hiddenStates = randomStates(3, 1, 5, config.hiddenSize);
+    const tuning = { cfg: smallConfig, decodeCfg: smallDecodeConfig };
+    const expected = await layer.forward(hiddenStates, tuning);
+    const { createBuffer, popErrorScope } = device;
+    class GPUOutOfMemoryError extends Error {}
+    const made: string[] = [];
+    // Every buffer in turn is the one that is refused.
+    for (let refused = 0;; refused++) {
+      buffers.clear();
+      using cache = await layer.createCache({ batch: 1, length: 8, pageSize: 4 });
+      const [lent, before] = [buffers.lent, made.length];
+      let [count, answer] = [0, false];
+      device.createBuffer = (descriptor) => {
+        made.push(descriptor.label ?? "");
+        answer = count++ === refused;
+        return createBuffer.call(device, descriptor);
+      };
+      device.popErrorScope = () => {
+        const denied = answer ? new GPUOutOfMemoryError("Not enough memory left") : null;
+        answer = false;
+        return popErrorScope.call(device).then((caught) => caught ?? denied);
+      };
+      const outcome = await layer.forward(hiddenStates, { ...tuning, cache }).then(() => null, (error) => error);
+      Object.assign(device, { createBuffer, popErrorScope });
+      if (count <= refused) break;
+      assert(outcome instanceof FlashMLAError, `nothing was said when ${made[before + refused]} was refused`);
+      assertStringIncludes(outcome.message, "The GPU is out of memory");
+      assertEquals([buffers.lent, [...cache.lengths]], [lent, [0]]);
+      assertClose(await layer.forward(hiddenStates, { ...tuning, cache }), expected, { relL2: 1e-6 });
+    }
+    assert(made.length > 20, `${made.length} buffers were refused`);
+    device.destroy();
+  });
+
   test("a layer or hidden states that are disposed of under way are noticed", async () => {
     await testContext();
     const staying = await MlaAttention.load(file, weights, { platform: "webgpu" });

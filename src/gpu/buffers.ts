@@ -32,6 +32,7 @@ export class BufferPool {
   readonly #device: GPUDevice;
   readonly #maxBufferSize: number;
   readonly #idle: { readonly usage: PooledUsage; readonly buffer: GPUBuffer }[] = [];
+  readonly #answers: Promise<GPUError | null>[] = [];
   #idleBytes = 0;
   #lent = 0;
   #poison = false;
@@ -79,7 +80,7 @@ export class BufferPool {
       [{ buffer }] = this.#idle.splice(found, 1);
       this.#idleBytes -= rounded;
     } else {
-      buffer = this.#device.createBuffer({ label: `flash-mla ${usage}`, size: rounded, usage: usages[usage] });
+      buffer = this.#create(usage, rounded);
     }
     if (this.#poison && usage.startsWith("storage")) {
       this.#device.queue.writeBuffer(buffer, 0, new Float32Array(rounded / 4).fill(NaN));
@@ -91,6 +92,14 @@ export class BufferPool {
   /** Whether {@link acquire} would find one at once, and ask nothing of the device. */
   hasIdle(usage: PooledUsage, size: number): boolean {
     return this.#findIdle(usage, Math.min(roundUp(size), this.#maxBufferSize)) >= 0;
+  }
+
+  /**
+   * What the device said, or will say, of the buffers that were made since this was asked last: null, or that it is out of
+   * memory. Whoever uses buffers is to wait for it.
+   */
+  takeAnswers(): Promise<GPUError | null>[] {
+    return this.#answers.splice(0);
   }
 
   /** Gives a borrowed buffer back. */
@@ -109,6 +118,18 @@ export class BufferPool {
   discard(buffer: GPUBuffer): void {
     this.#lent--;
     buffer.destroy();
+  }
+
+  /** A refused buffer is there all the same, and makes invalid what it is bound to: only the scope says why. */
+  #create(usage: PooledUsage, size: number): GPUBuffer {
+    this.#device.pushErrorScope("out-of-memory");
+    try {
+      return this.#device.createBuffer({ label: `flash-mla ${usage}`, size, usage: usages[usage] });
+    } finally {
+      const answer = this.#device.popErrorScope();
+      answer.catch(() => {});
+      this.#answers.push(answer);
+    }
   }
 
   /** What came back last is lent first: calls alike get the same buffers, which are bound already. */

@@ -23,7 +23,7 @@ export async function inErrorScopes<Result>(context: GpuContext, step: string, w
   try {
     result = work();
   } finally {
-    scopes = [device.popErrorScope(), device.popErrorScope(), device.popErrorScope()];
+    scopes = [device.popErrorScope(), device.popErrorScope(), device.popErrorScope(), ...context.buffers.takeAnswers()];
     scopes.forEach((scope) => scope.catch(() => {}));
   }
   // What is refused for want of memory is invalid, and so is all that is done with it: the reason comes first.
