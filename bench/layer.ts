@@ -24,6 +24,7 @@ import { weightShapes } from "../src/layer/layer_weights.ts";
 import type { Formulation } from "../src/op/formulation.ts";
 import { floatToHalf } from "../src/op/half.ts";
 import { elementCount } from "../src/op/tensor.ts";
+import { median } from "../src/tune/clock_probe.ts";
 import { normals } from "../tests/support/random_problem.ts";
 import { layerCosts } from "./layer_costs.ts";
 import { recorded } from "./recorded_dispatches.ts";
@@ -173,8 +174,7 @@ async function measure(name: string, layer: MlaAttention, work: { tokens: number
     waits.push(performance.now() - start);
     output.dispose();
   }
-  const median = (values: number[]) => 1000 * values.sort((a, b) => a - b)[values.length >> 1];
-  const [hostUs, waitedUs] = [median(hosts), median(waits)];
+  const [hostUs, waitedUs] = [1000 * median(hosts), 1000 * median(waits)];
   const floorUs = kernels.reduce((sum, { floorUs }) => sum + (floorUs ?? 0), 0);
   return { name, formulation, us: 1000 * ms, spread, floorUs, hostUs, rowUs, waitedUs, kernels };
 }

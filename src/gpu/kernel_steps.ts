@@ -1,11 +1,10 @@
 // A few kernels in order with the memory that they borrow: bound, recorded, run and timed as one.
 
-import { FlashMLAError } from "../op/errors.ts";
 import type { BoundBuffers } from "./bind_groups.ts";
 import type { PooledUsage } from "./buffers.ts";
 import { type GpuContext, unlessLost } from "./device.ts";
 import { foreignBuffer, inErrorScopes } from "./error_scopes.ts";
-import { isOwnEncoder } from "./own_encoder.ts";
+import { recordInto } from "./recording.ts";
 
 /** A kernel to run. */
 export interface KernelStep {
@@ -162,17 +161,9 @@ export class KernelSteps {
 
   /** Records everything into a caller's encoder. */
   async record(encoder: GPUCommandEncoder, what: string, check: () => void = () => {}): Promise<void> {
-    if (isOwnEncoder(encoder)) {
-      check();
-      return this.encode(encoder);
-    }
-    await inErrorScopes(this.#context, what, () => {
+    await recordInto(this.#context, encoder, { what, owner: "the cache's" }, () => {
       check();
       this.encode(encoder);
-    }).catch((error) => {
-      if (!(error instanceof FlashMLAError) || error.code !== "device" || this.#context.lost() !== null) throw error;
-      const why = `encoder must be open, outside of any pass, and of the cache's device (${error.message})`;
-      throw new FlashMLAError("invalid-input", `Cannot ${what}: ${why}`, { cause: error });
     });
   }
 

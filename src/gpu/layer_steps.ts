@@ -1,5 +1,6 @@
 // The steps of a model's attention layer that are neither products nor attention: norms and the rotary embedding.
 
+import { elementBytes } from "../op/tensor.ts";
 import { normSource, rotateSource } from "./kernel_sources.ts";
 import type { KernelStep, KernelSteps } from "./kernel_steps.ts";
 import * as rotate from "./kernels/rotate.ts";
@@ -111,7 +112,7 @@ export function rotateStep(steps: KernelSteps, label: string, work: RotateWork, 
   const { source, result, count, heads, before, dim, layout, turns, factors } = work;
   const columns = heads * (before + dim);
   const inQuads = rotate.inQuads(work) && columns % 4 === 0;
-  const offset = (result.first ?? 0) * (result.dtype === "f16" ? 2 : 4);
+  const offset = (result.first ?? 0) * elementBytes(result.dtype);
   const sizes = {
     source: bytesOf(source.base + (count - 1) * source.row + columns, source.dtype),
     result: bytesOf(count * result.row, result.dtype) - offset,
@@ -140,5 +141,5 @@ export function rotateStep(steps: KernelSteps, label: string, work: RotateWork, 
 
 /** Bytes of so many elements in whole quads. */
 export function bytesOf(elements: number, dtype: StorageType): number {
-  return Math.max(16, Math.ceil(elements * (dtype === "f16" ? 2 : 4) / 16) * 16);
+  return Math.max(16, Math.ceil(elements * elementBytes(dtype) / 16) * 16);
 }

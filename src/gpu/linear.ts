@@ -7,6 +7,7 @@
 //
 // Weights lie transposed, inputs along the rows, as the expansion's do.
 
+import { elementBytes } from "../op/tensor.ts";
 import { expandSource, linearRowsSource, matrixExpandSource } from "./kernel_sources.ts";
 import type { Capabilities } from "./capabilities.ts";
 import * as expand from "./kernels/expand.ts";
@@ -14,6 +15,7 @@ import { isWhole, type MatrixExpandTile } from "./kernels/matrix_expand.ts";
 import * as few from "./kernels/linear_rows.ts";
 import type { KernelStep, KernelSteps } from "./kernel_steps.ts";
 import { paddedWidth } from "./kernels/matrix_scratch.ts";
+import { bytesOf } from "./layer_steps.ts";
 import { storageElement } from "./kernels/storage_element.ts";
 import { checkBinding, limitError } from "./limit_checks.ts";
 import { expandTile as matrixTile } from "./matrix_config.ts";
@@ -61,7 +63,7 @@ export function plainRows(buffer: GPUBuffer, dtype: StorageType, count: number, 
   return {
     buffer,
     dtype,
-    size: Math.min(buffer.size, Math.max(16, Math.ceil(count * row * (dtype === "f16" ? 2 : 4) / 16) * 16)),
+    size: Math.min(buffer.size, bytesOf(count * row, dtype)),
     base: 0,
     row,
     count,
@@ -94,7 +96,7 @@ export function whyNoMatrix({ dtype, outputs }: Pick<LinearWeight, "dtype" | "ou
 
 /** Bytes of the result of so many rows. */
 export function linearBytes(count: number, { outputs }: Pick<LinearWeight, "outputs">, dtype: StorageType): number {
-  return Math.max(16, Math.ceil(count * outputs * (dtype === "f16" ? 2 : 4) / 16) * 16);
+  return bytesOf(count * outputs, dtype);
 }
 
 /**
@@ -122,10 +124,9 @@ export function linearSteps(
   const { inputs: K, outputs: N } = weight;
   const { perItem = rows.count, gap = 0 } = rows;
   const gapped = gap !== 0 && perItem < rows.count;
-  const bytes = (dtype: StorageType) => dtype === "f16" ? 2 : 4;
   const sizes = {
     rows: rows.size,
-    weight: Math.ceil(K * N * bytes(weight.dtype) / 4) * 4,
+    weight: Math.ceil(K * N * elementBytes(weight.dtype) / 4) * 4,
     result: linearBytes(rows.count, weight, result.dtype),
   };
   for (const [name, size] of Object.entries(sizes)) checkBinding(`${label}'s ${name}`, size, limits);
@@ -136,7 +137,7 @@ export function linearSteps(
     4: weight.bias && { buffer: weight.bias, size: 4 * N },
   };
   const aligned = [rows.base, rows.row, K, gapped ? gap : 0].every((n) => n % 4 === 0) &&
-    rows.size % (4 * bytes(rows.dtype)) === 0;
+    rows.size % (4 * elementBytes(rows.dtype)) === 0;
   const left = storageElement(rows.dtype, aligned);
   const right = storageElement(weight.dtype, N % 4 === 0);
   const stored = storageElement(result.dtype, N % 4 === 0);

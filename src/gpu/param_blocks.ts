@@ -7,6 +7,7 @@ import { BufferUsage } from "./buffers.ts";
 const mostBlocks = 1024;
 
 interface Block {
+  readonly key: string;
   readonly buffer: GPUBuffer;
   /** Calls that have it. */
   users: number;
@@ -17,7 +18,7 @@ export class ParamBlocks {
   readonly #device: GPUDevice;
   /** In the order of their last use. */
   readonly #blocks = new Map<string, Block>();
-  readonly #keys = new WeakMap<GPUBuffer, string>();
+  readonly #blockOf = new WeakMap<GPUBuffer, Block>();
 
   /** @param device The device. */
   constructor(device: GPUDevice) {
@@ -35,11 +36,12 @@ export class ParamBlocks {
     if (block === undefined) {
       const usage = BufferUsage.UNIFORM | BufferUsage.COPY_DST;
       block = {
+        key,
         buffer: this.#device.createBuffer({ label: "flash-mla params", size: words.byteLength, usage }),
         users: 0,
       };
       this.#device.queue.writeBuffer(block.buffer, 0, words);
-      this.#keys.set(block.buffer, key);
+      this.#blockOf.set(block.buffer, block);
     }
     block.users++;
     this.#blocks.delete(key);
@@ -50,15 +52,14 @@ export class ParamBlocks {
 
   /** Gives a block back. */
   giveBack(buffer: GPUBuffer): void {
-    const block = this.#blocks.get(this.#keys.get(buffer) ?? "");
-    if (block?.buffer === buffer) block.users--;
+    this.#blockOf.get(buffer)!.users--;
   }
 
   /** The same after a failure: it may be one that the device refused, and no other call gets it. */
   discard(buffer: GPUBuffer): void {
     this.giveBack(buffer);
-    const key = this.#keys.get(buffer) ?? "";
-    if (this.#blocks.get(key)?.buffer === buffer) this.#blocks.delete(key);
+    const block = this.#blockOf.get(buffer)!;
+    if (this.#blocks.get(block.key) === block) this.#blocks.delete(block.key);
   }
 
   /** Forgets the blocks used longest ago, those in use excepted. */

@@ -8,8 +8,8 @@ import type { CompiledPlan } from "./compiled_plan.ts";
 import { type GpuContext, unlessLost } from "./device.ts";
 import type { Binding, Dispatch, Operand, Schedule } from "./dispatch_plan.ts";
 import { foreignBuffer, inErrorScopes } from "./error_scopes.ts";
-import { isOwnEncoder } from "./own_encoder.ts";
 import type { StorageType } from "./operand_layout.ts";
+import { recordInto } from "./recording.ts";
 import type { ResidentCall } from "./resident_call.ts";
 import { settled } from "./settled.ts";
 import { timeOnGpu } from "./timing.ts";
@@ -92,17 +92,9 @@ export class PreparedAttention {
 
   /** Records the call into a caller's encoder. */
   async record(encoder: GPUCommandEncoder): Promise<void> {
-    if (isOwnEncoder(encoder)) {
-      this.#call.checkAlive();
-      return this.encode(encoder);
-    }
-    await inErrorScopes(this.#context, "record its kernels", () => {
+    await recordInto(this.#context, encoder, { what: "record MLA", owner: "the tensors'" }, () => {
       this.#call.checkAlive();
       this.encode(encoder);
-    }).catch((error) => {
-      if (!(error instanceof FlashMLAError) || error.code !== "device" || this.#context.lost() !== null) throw error;
-      const why = `encoder must be open, outside of any pass, and of the tensors' device (${error.message})`;
-      throw new FlashMLAError("invalid-input", `Cannot record MLA: ${why}`, { cause: error });
     });
   }
 

@@ -7,15 +7,15 @@
 // storage, so that norms work in place on full precision.
 
 import { type GpuContext, gpuContext } from "../gpu/device.ts";
+import { dividedLinearSteps } from "../gpu/divided_linear.ts";
 import { foreignBuffer, inErrorScopes } from "../gpu/error_scopes.ts";
 import { allocated } from "../gpu/gpu_tensor.ts";
 import { halfCopy, halfPipeline } from "../gpu/half_copy.ts";
 import { KernelSteps } from "../gpu/kernel_steps.ts";
 import { bytesOf } from "../gpu/layer_steps.ts";
-import { ownEncoder } from "../gpu/own_encoder.ts";
-import { dividedLinearSteps } from "../gpu/divided_linear.ts";
 import { linearBytes, type LinearRows, plainRows } from "../gpu/linear.ts";
 import { batchGap, residentLayout, rowWindow } from "../gpu/operand_layout.ts";
+import { ownEncoder } from "../gpu/recording.ts";
 import { submit, submitAndRead } from "../gpu/submission.ts";
 import type { MlaModelConfig } from "../model/attention_config.ts";
 import { FlashMLAError } from "../op/errors.ts";
@@ -58,8 +58,7 @@ export async function gpuLayer(
 /** What one call holds until its submission. */
 interface Recorded {
   readonly encoder: GPUCommandEncoder;
-  readonly steps: KernelSteps[];
-  /** The steps, and what else has memory, in the order in which they took it. */
+  /** What has memory, in the order in which it took it. */
   readonly held: { dispose(): void }[];
 }
 
@@ -98,7 +97,7 @@ class GpuLayer implements LayerTarget {
       return resident ? await allocated(context, hiddenStates.shape, dtype) : zeros(hiddenStates.shape, dtype);
     }
     const encoder = ownEncoder(context.device, "flash-mla layer");
-    const recorded: Recorded = { encoder, steps: [], held: [] };
+    const recorded: Recorded = { encoder, held: [] };
     let output: OwnedGpuTensor | undefined;
     try {
       output = await allocated(context, hiddenStates.shape, dtype);
@@ -116,7 +115,7 @@ class GpuLayer implements LayerTarget {
     } catch (error) {
       output?.dispose();
       // Any of the buffers may be one that the device refused: nobody may get it from the pool.
-      recorded.steps.splice(0).forEach((steps) => steps.discard());
+      for (const part of recorded.held) if (part instanceof KernelSteps) part.discard();
       // What is gone is the reason, whoever stumbled over it.
       this.#checkAlive(hiddenStates, cache);
       throw foreignBuffer("run the layer", error) ?? error;
@@ -256,9 +255,8 @@ class GpuLayer implements LayerTarget {
     });
   }
 
-  #steps({ steps, held }: Recorded): KernelSteps {
+  #steps({ held }: Recorded): KernelSteps {
     const made = new KernelSteps(this.#context);
-    steps.push(made);
     held.push(made);
     return made;
   }

@@ -2,8 +2,8 @@
 // kv_b_proj taken apart, and constant factors multiplied into norms.
 
 import type { GpuContext } from "../gpu/device.ts";
-import { toGpu } from "../gpu/gpu_tensor.ts";
 import { columnsOfRun, columnUnit, type DividedWeight } from "../gpu/divided_linear.ts";
+import { toGpu } from "../gpu/gpu_tensor.ts";
 import type { LinearWeight } from "../gpu/linear.ts";
 import { checkBinding } from "../gpu/limit_checks.ts";
 import type { MlaModelConfig } from "../model/attention_config.ts";
@@ -46,7 +46,7 @@ export interface GpuLayerWeights {
  * @param config The layer.
  * @param weights Its weights.
  * @param dtype What projections are rounded to. On a device without half precision they are stored in float32 all the same.
- * @throws {FlashMLAError} With code `limit` when a weight is larger than a binding, `device` when the memory is short.
+ * @throws {FlashMLAError} With code `limit` when half of kv_b_proj is larger than a binding, `device` when the memory is short.
  */
 export async function gpuWeights(
   context: GpuContext,
